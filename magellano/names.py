@@ -1,0 +1,66 @@
+"""The closed sets of names that profiles, files and stages use. An unknown value raises."""
+
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """The stages of a fine-tune in their order; `PRETRAIN` makes a base and stands before them."""
+
+    PRETRAIN = "pretrain"
+    TOKENIZE = "tokenize"
+    QUANTIZE = "quantize"
+    ATTACH_LORA = "attach_lora"
+    TRAIN = "train"
+    CHECKPOINT = "checkpoint"
+    EVALUATE = "evaluate"
+
+
+class LayerKind(StrEnum):
+    """What the mixer of a layer is."""
+
+    MAMBA = "mamba"
+    MOE = "moe"
+
+
+class BaseSource(StrEnum):
+    """Where the base weights come from."""
+
+    SEEDED = "seeded"  # initial weights from a seed: for tests of scale
+    PRETRAIN = "pretrain"  # trained here, by the profile's [pretrain] section
+    FOLDER = "folder"  # a model folder on disk
+
+
+class DataFormat(StrEnum):
+    """How a row of data becomes a document."""
+
+    TEXT = "text"
+    COMPLETIONS = "completions"
+    CHAT = "chat"
+
+
+class Compute(StrEnum):
+    """Number format of activations and matrix products; `AUTO` is float32 on a CPU, bfloat16 on a GPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class StateDtype(StrEnum):
+    """Number format of the optimiser's two moments."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+class LoraTarget(StrEnum):
+    """The projections that can carry an adapter."""
+
+    IN_PROJ = "in_proj"
+    X_PROJ = "x_proj"
+    DT_PROJ = "dt_proj"
+    OUT_PROJ = "out_proj"
+    W1 = "w1"
+    W2 = "w2"
+    HEAD = "head"  # tied with the embedding: one adapter serves both
