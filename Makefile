@@ -1,0 +1,44 @@
+# make demo | make test | make setup | make lint. `demo` and `test` set up what they need; a second call sets up nothing.
+PY := .venv/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check --no-input
+
+# The first interpreter that is 3.11 to 3.13 and can make environments; `make PYTHON=/path/to/python` decides otherwise.
+PYTHON_IS_FIT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
+	$(shell $(p) -c '$(PYTHON_IS_FIT)' >/dev/null 2>&1 && echo $(p))))
+
+.PHONY: setup demo test lint format clean
+
+setup: .venv/installed
+
+demo: setup
+	@.venv/bin/magellano train demo
+
+test: lint
+	@$(PY) -m pytest
+
+lint: setup
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --check --quiet . || { echo "not formatted: run make format"; exit 1; }
+	@.venv/bin/mypy
+
+format: setup
+	@.venv/bin/ruff check --quiet --fix .
+	@.venv/bin/ruff format --quiet .
+
+# Artifacts in .magellano/ stay: they are work, not build products.
+clean:
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+
+# The lock is complete, so pip resolves nothing (--no-deps) and checks every file against its hash.
+.venv/locked: requirements.lock
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 with venv found;" \
+		"install one (Debian: python3-venv) or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "installing the pinned packages into .venv (about a minute)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PIP) install --no-deps --require-hashes -r requirements.lock
+	@touch $@
+
+.venv/installed: .venv/locked pyproject.toml
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
