@@ -1,6 +1,6 @@
 # make demo | make test | make setup | make lint. `demo` and `test` set up what they need; a second call sets up nothing.
 PY := .venv/bin/python
-PIP := $(PY) -m pip --quiet --disable-pip-version-check --no-input
+PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
 
 # The first interpreter that is 3.11 to 3.13 and can make environments; `make PYTHON=/path/to/python` decides otherwise.
 PYTHON_IS_FIT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
