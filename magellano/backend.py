@@ -62,8 +62,20 @@ BLAS = _load_blas()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
-__all__ = ["BLAS", "Blas", "compute_dtype", "describe", "mx", "nn", "on_gpu"]
+__all__ = [
+    "BLAS",
+    "Blas",
+    "compute_dtype",
+    "describe",
+    "mx",
+    "nn",
+    "on_gpu",
+    "tree_flatten",
+    "tree_map",
+    "tree_unflatten",
+]
 
 
 def on_gpu() -> bool:

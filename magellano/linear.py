@@ -1,0 +1,89 @@
+"""Projections that may be dense or NF4, with or without an adapter: y = x W^T + s (x A^T) B^T.
+
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314): W is frozen in 4 bits and dequantised on the fly, only A and B train (Hu et al.
+2021, arXiv 2106.09685). Dense W trains in full.
+
+Shapes: I in, O out, r rank, E experts, M rows, S rows sorted by expert, V vocabulary, D d_model.
+"""
+
+from collections.abc import Sequence
+
+from magellano.backend import mx, nn
+from magellano.nf4 import NF4Tensor
+from magellano.ops import grouped_matmul, nf4_matmul
+
+Weight = mx.array | NF4Tensor | Sequence[NF4Tensor]
+
+
+class Adapted(nn.Module):
+    """What all projections share: a weight (array or NF4) and room for one adapter."""
+
+    def __init__(self, weight: Weight):
+        super().__init__()
+        if isinstance(weight, mx.array):
+            self.weight = weight
+        else:
+            self.quantized = weight if isinstance(weight, NF4Tensor) else tuple(weight)
+        self.lora_scale = 0.0
+
+    @property
+    def base(self) -> Weight:
+        """The base weight, dense or quantised."""
+        return self["weight"] if "weight" in self else self.quantized
+
+    @property
+    def adapted(self) -> bool:
+        return "lora_a" in self
+
+    def attach(self, a: mx.array, b: mx.array, scale: float) -> None:
+        """Put an adapter on: A [.., r, in], B [.., out, r], both float32."""
+        self.lora_a, self.lora_b, self.lora_scale = a, b, scale
+
+
+class Projection(Adapted):
+    """y_..O = x_..I W_OI^T, without bias."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        base = self.base
+        y = nf4_matmul(x, base) if isinstance(base, NF4Tensor) else x @ base.astype(x.dtype).T
+        if self.adapted:
+            u = x @ self.lora_a.astype(x.dtype).T
+            y = y + (self.lora_scale * u) @ self.lora_b.astype(x.dtype).T
+        return y
+
+
+class ExpertProjection(Adapted):
+    """y_SO = x_SI W_EOI^T row by row, row s with the weights of its expert; rows are sorted by expert."""
+
+    def __call__(self, x_SI: mx.array, sizes: list[int]) -> mx.array:
+        base = self.base
+        y_SO = grouped_matmul(x_SI, base.astype(x_SI.dtype) if isinstance(base, mx.array) else base, sizes)
+        if self.adapted:
+            u_Sr = grouped_matmul(x_SI, self.lora_a.astype(x_SI.dtype), sizes)
+            y_SO = y_SO + grouped_matmul(self.lora_scale * u_Sr, self.lora_b.astype(x_SI.dtype), sizes)
+        return y_SO
+
+
+class Embedding(Adapted):
+    """The token embedding [V, D], tied with the head: one weight and one adapter serve both ways."""
+
+    def __call__(self, tokens_BT: mx.array) -> mx.array:
+        base = self.base
+        assert not isinstance(base, Sequence)
+        h_BTD = base.rows(tokens_BT) if isinstance(base, NF4Tensor) else base[tokens_BT]
+        if self.adapted:
+            h_BTD = h_BTD + (self.lora_scale * self.lora_b[tokens_BT]) @ self.lora_a
+        return h_BTD
+
+    def head(self, h: mx.array) -> tuple[mx.array, Weight, mx.array | None, mx.array | None]:
+        """What the loss needs: (h, W, u, B) with logits = h W^T + u B^T; u and B are None without an adapter."""
+        if not self.adapted:
+            return h, self.base, None, None
+        u = self.lora_scale * (h @ self.lora_a.astype(h.dtype).T)
+        return h, self.base, u, self.lora_b
+
+    def logits(self, h: mx.array) -> mx.array:
+        """Logits [.., V] of h [.., D]: for a few rows, as in generation; the loss never makes them all."""
+        h, base, u, b = self.head(h)
+        y = nf4_matmul(h, base) if isinstance(base, NF4Tensor) else h @ base.astype(h.dtype).T
+        return y if u is None else y + u @ b.astype(h.dtype).T

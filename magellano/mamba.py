@@ -1,0 +1,84 @@
+"""The Mamba-1 mixer (Gu & Dao 2023, arXiv 2312.00752), weights laid out as `transformers.MambaForCausalLM` has them.
+
+Shapes: B batch, T time, D d_model, I d_inner, N d_state, R dt_rank, K d_conv.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from magellano.backend import mx, nn
+from magellano.linear import Projection, Weight
+from magellano.ops import causal_conv, selective_scan
+from magellano.profile import ModelConfig
+
+
+class MambaState(NamedTuple):
+    """What a layer remembers between calls when tokens stream: the last K-1 inputs of the convolution and the scan's state."""
+
+    conv_BKI: mx.array  # [B, K-1, I]
+    scan_BIN: mx.array  # float32
+
+
+class Conv1d(nn.Module):
+    """Holds the depthwise kernel under transformers' names: weight [I, 1, K], bias [I]."""
+
+    def __init__(self, weight: mx.array, bias: mx.array):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+
+class DtProjection(Projection):
+    """R -> I. Its bias goes into the scan, where softplus(dt + bias) is fused."""
+
+    def __init__(self, weight: Weight, bias: mx.array):
+        super().__init__(weight)
+        self.bias = bias
+
+
+class Mamba(nn.Module):
+    """u_BTD -> y_BTD. `get(name)` supplies the weight called `name` within this mixer."""
+
+    def __init__(self, config: ModelConfig, get: Callable[[str], Weight]):
+        super().__init__()
+        self.config = config
+        self.in_proj = Projection(get("in_proj.weight"))
+        self.conv1d = Conv1d(get("conv1d.weight"), get("conv1d.bias"))
+        self.x_proj = Projection(get("x_proj.weight"))
+        self.dt_proj = DtProjection(get("dt_proj.weight"), get("dt_proj.bias"))
+        self.A_log = get("A_log")
+        self.D = get("D")
+        self.out_proj = Projection(get("out_proj.weight"))
+
+    def __call__(self, u_BTD: mx.array, reset_BT: mx.array | None = None, state: MambaState | None = None):
+        """Returns y_BTD, and the state after the last step where one was given."""
+        r, n = self.config.dt_rank, self.config.d_state
+        keep = state is not None
+        conv_BKI, scan_BIN = state if state is not None else (None, None)
+        # 1. two streams of width I
+        x_BTI, z_BTI = mx.split(self.in_proj(u_BTD), 2, axis=-1)
+        # 2. a short causal convolution per channel, then silu
+        x_BTI = causal_conv(
+            x_BTI, self.conv1d.weight[:, 0, :], self.conv1d.bias, reset_BT, state_BKI=conv_BKI, return_state=keep
+        )
+        if keep:
+            x_BTI, conv_BKI = x_BTI
+        # 3. the step size and the input and output maps of the state depend on the token
+        dt_BTR, b_BTN, c_BTN = mx.split(self.x_proj(x_BTI), [r, r + n], axis=-1)
+        dt_BTI = self.dt_proj(dt_BTR)
+        # 4. the selective scan, gated by silu(z)
+        A_IN = -mx.exp(self.A_log.astype(mx.float32))
+        y_BTI = selective_scan(
+            x_BTI, dt_BTI, A_IN, b_BTN, c_BTN, self.D, z_BTI, self.dt_proj.bias, reset_BT,
+            state_BIN=scan_BIN, return_state=keep, frozen_parameters="A_log" not in self.trainable_parameters(),
+        )  # fmt: skip
+        if keep:
+            y_BTI, scan_BIN = y_BTI
+        # 5. back to the residual width
+        y_BTD = self.out_proj(y_BTI)
+        return (y_BTD, MambaState(conv_BKI, scan_BIN)) if keep else y_BTD
+
+    def initial_state(self, batch: int, dtype: mx.Dtype) -> MambaState:
+        c = self.config
+        return MambaState(
+            mx.zeros((batch, c.d_conv - 1, c.d_inner), dtype=dtype), mx.zeros((batch, c.d_inner, c.d_state))
+        )

@@ -1,0 +1,77 @@
+"""The mixture-of-experts mixer: dropless top-k routing over two-layer experts w2(relu(w1(x))).
+
+Shapes: B batch, T time, D d_model, E experts, F d_ff, k experts per token, M = B*T tokens, S = M*k token copies sorted by expert.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from magellano.backend import mx, nn
+from magellano.linear import ExpertProjection, Weight
+from magellano.ops import route
+from magellano.profile import ModelConfig
+
+
+class Router(nn.Module):
+    """Holds the router's weight [E, D], never quantised."""
+
+    def __init__(self, weight: mx.array):
+        super().__init__()
+        self.weight = weight
+
+
+class Experts(nn.Module):
+    """w1 [E, F, D] and w2 [E, D, F]."""
+
+    def __init__(self, w1: Weight, w2: Weight):
+        super().__init__()
+        self.w1, self.w2 = ExpertProjection(w1), ExpertProjection(w2)
+
+
+class MoE(nn.Module):
+    """u_BTD -> y_BTD. `get(name)` supplies the weight called `name` within this mixer."""
+
+    def __init__(self, config: ModelConfig, get: Callable[[str], Weight]):
+        super().__init__()
+        self.config = config
+        self.router = Router(get("router.weight"))
+        self.experts = Experts(get("experts.w1.weight"), get("experts.w2.weight"))
+
+    def __call__(self, u_BTD: mx.array) -> tuple[mx.array, mx.array]:
+        """Returns y_BTD and the router's two losses, float32 [2]: load balance and z."""
+        k, shape = self.config.top_k, u_BTD.shape
+        u_MD = u_BTD.reshape(-1, shape[-1])
+        # 1. route in float32
+        logits_ME = self._logits(u_MD)
+        gate_Mk, expert_Mk = route(logits_ME, k)
+        # 2. sort the token copies by expert
+        order_S, sizes = sort_by_expert(expert_Mk, self.config.n_experts)
+        x_SD = u_MD[order_S // k]
+        # 3. each expert on its own rows
+        y_SD = self.experts.w2(nn.relu(self.experts.w1(x_SD, sizes)), sizes)
+        # 4. back to the tokens, weighted by the gates
+        y_MkD = y_SD[mx.argsort(order_S)].reshape(-1, k, shape[-1])
+        y_MD = (y_MkD * gate_Mk[..., None].astype(y_MkD.dtype)).sum(axis=1)
+        return y_MD.reshape(shape), self._losses(logits_ME, sizes)
+
+    def counts(self, u_BTD: mx.array) -> list[int]:
+        """Token copies per expert, for the reports."""
+        _, expert_Mk = route(self._logits(u_BTD.reshape(-1, u_BTD.shape[-1])), self.config.top_k)
+        return sort_by_expert(expert_Mk, self.config.n_experts)[1]
+
+    def _logits(self, u_MD: mx.array) -> mx.array:
+        return u_MD.astype(mx.float32) @ self.router.weight.astype(mx.float32).T
+
+    def _losses(self, logits_ME: mx.array, sizes: list[int]) -> mx.array:
+        """Load balance (Fedus et al. 2021, arXiv 2101.03961; 1 when even) and router z (Zoph et al. 2022, arXiv 2202.08906)."""
+        share_E = mx.array(np.asarray(sizes, np.float32) / max(1, sum(sizes)))
+        balance = self.config.n_experts * (share_E * mx.softmax(logits_ME, axis=-1).mean(axis=0)).sum()
+        return mx.stack([balance, mx.logsumexp(logits_ME, axis=-1).square().mean()])
+
+
+def sort_by_expert(expert_Mk: mx.array, experts: int) -> tuple[mx.array, list[int]]:
+    """The order that sorts token copies by expert (stable), and how many copies each expert has."""
+    flat = np.array(expert_Mk).reshape(-1)
+    order_S = mx.array(np.argsort(flat, kind="stable").astype(np.int32))
+    return order_S, np.bincount(flat, minlength=experts).tolist()

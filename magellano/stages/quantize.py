@@ -1,0 +1,71 @@
+"""quantize: a base folder, or seeded initial weights -> an NF4 base, streamed tensor by tensor."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from magellano import init, loader, nf4
+from magellano.backend import mx
+from magellano.errors import InputError
+from magellano.layout import ParamSpec, parameters
+from magellano.names import LoraTarget
+from magellano.nf4 import NF4Tensor
+from magellano.profile import Profile
+from magellano.progress import Progress
+from magellano.tokenizer import Tokenizer
+
+
+def run(out: Path, profile: Profile, base: Path | None, progress: Progress) -> dict[str, Any]:
+    """Write the NF4 base of `profile`; `base` is a dense model folder, or None for the initial weights of base.seed.
+
+    Holds one shard and one expert at a time. InputError where the base has another shape than the profile.
+    """
+    files = None
+    if base is not None:
+        config, _ = loader.read_config(base)
+        if config != profile.model:
+            raise InputError(f"{base}: its shape is not the profile's [model]; {_difference(config, profile.model)}")
+        files = loader.Files(base)
+    facts = {"parameters": 0, "quantized": 0, "bytes": 0}
+    tensors = _stream(profile, files, progress, facts)
+    loader.write_model(out, profile.model, tensors, quantized=True, facts={})
+    Tokenizer(profile.model.vocab_size).save(out)
+    facts["peak_gib"] = round(mx.get_peak_memory() / (1 << 30), 3)
+    return facts
+
+
+def _stream(profile: Profile, files: loader.Files | None, progress: Progress, facts: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
+    specs = parameters(profile.model)
+    for done, spec in enumerate(specs):
+        facts["parameters"] += spec.size
+        if _quantizes(profile, spec):
+            facts["quantized"] += spec.size
+            pairs = loader.quantized_tensors(spec.name, list(_pieces(spec, profile, files)), stacked=len(spec.shape) == 3)
+        else:
+            pairs = iter([(spec.name, files.take(spec.name, spec.shape) if files else init.initial(spec, profile.base.seed))])
+        for name, value in pairs:
+            facts["bytes"] += value.nbytes
+            yield name, value
+        progress(done + 1, len(specs), gigabytes=facts["bytes"] / 1e9)
+
+
+def _pieces(spec: ParamSpec, profile: Profile, files: loader.Files | None) -> Iterator[NF4Tensor]:
+    """The matrices of `spec`, quantised: one, or one per expert."""
+    stack = files.take(spec.name, spec.shape) if files else None
+    experts = range(spec.shape[0]) if len(spec.shape) == 3 else [None]
+    for e in experts:
+        if stack is not None:
+            weight = stack if e is None else stack[e]
+        else:
+            weight = init.initial(spec, profile.base.seed) if e is None else init.initial_expert(spec, profile.base.seed, e)
+        yield nf4.quantize(weight)
+        mx.clear_cache()  # without it MLX keeps the float32 temporaries of every expert
+
+
+def _quantizes(profile: Profile, spec: ParamSpec) -> bool:
+    return spec.target is not None and (spec.target is not LoraTarget.HEAD or profile.quantize.embedding)
+
+
+def _difference(a: Any, b: Any) -> str:
+    mine, theirs = a.model_dump(), b.model_dump()
+    return ", ".join(f"{k} {mine[k]} there, {theirs[k]} here" for k in mine if mine[k] != theirs[k])
