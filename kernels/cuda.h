@@ -1,0 +1,48 @@
+// CUDA dialect, seen by nvcc or NVRTC after MLX's own includes, at global scope; NVRTC has no host headers.
+// Never `#define device` here: nvcc's __device__ is __location__(device), and an empty macro silently un-devices it.
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef unsigned char uchar;
+typedef __half half;
+typedef __half float16_t;
+typedef __nv_bfloat16 bfloat;
+typedef __nv_bfloat16 bfloat16_t;
+
+#define threadgroup __shared__
+#define SIMD_W 32
+#define LD(p, i) float((p)[i])
+#define ST(T, p, i, v) (p)[i] = static_cast<T>(v)
+#define LANES
+#define LANES_SUM(a)
+#define LANES_SUM2(a, b)
+#define LANES_MAX(a)
+#define REGS _Pragma("unroll")
+#define UNROLL _Pragma("unroll")
+#define TGBARRIER __syncthreads()
+#define SIMD_XOR(v, o) __shfl_xor_sync(0xffffffffu, v, o)
+#define SIMD_SUM(v) k_simd_sum(v)
+#define SIMD_MAX(v) k_simd_max(v)
+#define k_floor floorf
+#define k_sqrt sqrtf
+#define k_log logf
+#define k_fma fmaf
+
+// Metal's thread attributes.
+struct k_uint3 { unsigned x, y, z; };
+__device__ __forceinline__ k_uint3 k_u3(unsigned x, unsigned y, unsigned z) { k_uint3 r; r.x = x; r.y = y; r.z = z; return r; }
+#define thread_position_in_grid k_u3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, blockIdx.z * blockDim.z + threadIdx.z)
+#define thread_position_in_threadgroup k_u3(threadIdx.x, threadIdx.y, threadIdx.z)
+#define threadgroup_position_in_grid k_u3(blockIdx.x, blockIdx.y, blockIdx.z)
+#define threads_per_threadgroup k_u3(blockDim.x, blockDim.y, blockDim.z)
+#define threadgroups_per_grid k_u3(gridDim.x, gridDim.y, gridDim.z)
+#define thread_index_in_threadgroup ((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x)
+#define thread_index_in_simdgroup (thread_index_in_threadgroup & 31u)
+#define simdgroup_index_in_threadgroup (thread_index_in_threadgroup >> 5)
+
+__device__ __forceinline__ float k_simd_sum(float v) { for (int o = 16; o > 0; o >>= 1) v += SIMD_XOR(v, o); return v; }
+__device__ __forceinline__ float k_simd_max(float v) { for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, SIMD_XOR(v, o)); return v; }
+__device__ __forceinline__ float fexp2(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
+__device__ __forceinline__ float frcp(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ unsigned k_f2u(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float k_u2f(unsigned x) { return __uint_as_float(x); }
+#define inline __device__ __forceinline__  // for the functions of common.h and of a kernel's own header, which follow

@@ -1,0 +1,250 @@
+"""The launcher: picks, once per process, the dialect that kernel texts run in, says why, and calls them.
+
+A kernel is one text in kernels/, the body of a Metal function. METAL hands it to `mx.fast.metal_kernel`, CUDA to
+`mx.fast.cuda_kernel` with kernels/cuda.h in front, HOST compiles it as C++ with kernels/host.h in front (see host.py).
+REFERENCE runs no kernel: every operation has a plain-MLX form beside it.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from magellano.backend import mx, on_gpu
+from magellano.errors import InputError
+from magellano.ops import host
+from magellano.ops.host import KERNELS, Template, TracedError
+
+__all__ = [
+    "Dialect", "Kernel", "TracedError", "available", "dialect", "gpu_geometry", "on_fibers", "poisoned", "traced",
+    "use", "why",
+]  # fmt: skip
+
+_SMALLEST = 8  # Metal passes arrays of fewer elements in another address space; they are padded instead
+_NO_COMPILER = (
+    "no C++ compiler: the CPU kernels are replaced by plain MLX (the scan 60 to 190 times slower); install g++"
+)
+
+
+class Dialect(StrEnum):
+    """What a kernel text is compiled as."""
+
+    REFERENCE = "reference"
+    HOST = "host"
+    CUDA = "cuda"
+    METAL = "metal"
+
+
+@dataclass
+class _Mode:
+    """What `use`, `on_fibers` and `poisoned` set; None: choose."""
+
+    dialect: Dialect | None = None
+    fibers: bool = False
+    poison: bool = False
+
+
+_mode = _Mode()
+
+
+@functools.cache
+def _chosen() -> tuple[Dialect, str]:
+    if name := os.environ.get("MAGELLANO_DIALECT"):
+        if name not in list(Dialect):
+            raise InputError(f"MAGELLANO_DIALECT={name}: unknown dialect; one of {', '.join(Dialect)}")
+        return _checked(Dialect(name)), "MAGELLANO_DIALECT says so"
+    if on_gpu() and mx.metal.is_available():
+        return Dialect.METAL, "MLX's default device is a Metal GPU"
+    if on_gpu() and mx.cuda.is_available():
+        return Dialect.CUDA, "MLX's default device is a CUDA GPU"
+    if path := host.compiler_path():
+        return Dialect.HOST, f"MLX's default device is the CPU and {path} can build kernels for it"
+    warnings.warn(_NO_COMPILER, stacklevel=4)
+    return Dialect.REFERENCE, _NO_COMPILER
+
+
+def available() -> list[Dialect]:
+    """The dialects that can run in this process."""
+    ready = {
+        Dialect.REFERENCE: True,
+        Dialect.HOST: not on_gpu() and host.compiler_path() is not None,
+        Dialect.CUDA: on_gpu() and mx.cuda.is_available(),
+        Dialect.METAL: on_gpu() and mx.metal.is_available(),
+    }
+    return [d for d, yes in ready.items() if yes]
+
+
+def _checked(d: Dialect) -> Dialect:
+    if d not in available():
+        raise InputError(f"dialect {d} cannot run here; choose among {', '.join(available())}")
+    return d
+
+
+def dialect() -> Dialect:
+    """The dialect in force: the innermost `use`, else $MAGELLANO_DIALECT, else what device and compiler allow."""
+    return _mode.dialect or _chosen()[0]
+
+
+def why() -> str:
+    """Why `dialect()` is what it is, for people."""
+    return "chosen by launch.use" if _mode.dialect else _chosen()[1]
+
+
+@contextmanager
+def use(d: Dialect | str) -> Iterator[None]:
+    """Overrides the dialect inside the `with`. Raises InputError where that dialect cannot run."""
+    if d not in list(Dialect):
+        raise InputError(f"unknown dialect {d!r}; one of {', '.join(Dialect)}")
+    before, _mode.dialect = _mode.dialect, _checked(Dialect(d))
+    try:
+        yield
+    finally:
+        _mode.dialect = before
+
+
+@contextmanager
+def on_fibers() -> Iterator[None]:
+    """For tests: HOST with the GPU's own threads, shuffles and barriers, one fiber each (kernels/fibers.h). Slow."""
+    with use(Dialect.HOST):
+        before, _mode.fibers = _mode.fibers, True
+        try:
+            yield
+        finally:
+            _mode.fibers = before
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """For tests: outputs start as NaN (integers: as 0xA5 bytes), so that an element no thread writes shows."""
+    before, _mode.poison = _mode.poison, True
+    try:
+        yield
+    finally:
+        _mode.poison = before
+
+
+def gpu_geometry() -> bool:
+    """True where kernels are launched as on a GPU: 32-wide simdgroups, several threads per group. Else the host's
+    geometry: one thread per group, which handles a block of neighbouring channels or elements in its LANES loops.
+    """
+    return dialect() in (Dialect.CUDA, Dialect.METAL) or _mode.fibers
+
+
+def traced(*arrays: mx.array) -> bool:
+    """True inside mx.compile or mx.vmap, where an array has no value yet, so that no host kernel can run."""
+    try:
+        host.evaluate(arrays, "")
+    except TracedError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The text kernels/<name>.metal with its arguments in order.
+
+    `header`: extra text in front of it (helper functions). `exact`: no fused multiply-add on the host, for results that
+    are compared bit by bit.
+    """
+
+    name: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    exact: bool = False
+    header: str = ""
+    _built: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @functools.cached_property
+    def body(self) -> str:
+        return (KERNELS / f"{self.name}.metal").read_text(encoding="utf-8")
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        *,
+        template: Template,
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        output_shapes: Sequence[tuple[int, ...]],
+        output_dtypes: Sequence[mx.Dtype],
+        host_template: Template | None = None,
+        host_grid: tuple[int, int, int] | None = None,
+    ) -> list[mx.array]:
+        """Runs the kernel over `grid` threads (multiples of `threadgroup`) and returns its outputs.
+
+        On the host's own geometry (see `gpu_geometry`) the grid counts threadgroups of one thread; `host_template` then
+        updates `template` and `host_grid` replaces `grid`. Raises TracedError inside mx.compile or mx.vmap on the host.
+        """
+        assert len(inputs) == len(self.inputs), self.name
+        assert len(output_shapes) == len(output_dtypes) == len(self.outputs), self.name
+        assert dialect() is not Dialect.REFERENCE, f"{self.name}: the reference dialect runs no kernel"
+        if not gpu_geometry():
+            template, grid, threadgroup = {**template, **(host_template or {})}, host_grid or grid, (1, 1, 1)
+        assert all(g % t == 0 for g, t in zip(grid, threadgroup, strict=True)), f"{self.name}: {grid} {threadgroup}"
+        prepared = [self._prepare(n, a) for n, a in zip(self.inputs, inputs, strict=True)]
+        if dialect() is Dialect.HOST:
+            return self._run_on_host(prepared, template, grid, threadgroup, output_shapes, output_dtypes)
+        return self._run_on_gpu(prepared, template, grid, threadgroup, output_shapes, output_dtypes)
+
+    def _prepare(self, name: str, a: mx.array) -> mx.array:
+        if a.ndim == 0:
+            a = a.reshape(1)
+        if a.size < _SMALLEST and f"{name}_shape" not in self.body:
+            a = mx.pad(a.reshape(-1), (0, _SMALLEST - a.size))
+        return a
+
+    def _run_on_host(self, inputs, template, grid, threadgroup, shapes, dtypes) -> list[mx.array]:  # type: ignore[no-untyped-def]
+        assert threadgroup[1:] == (1, 1), f"{self.name}: threadgroups are one-dimensional on fibers"
+        inputs = [mx.contiguous(a) for a in inputs]
+        host.evaluate(inputs, self.name)
+        key = (tuple(a.dtype for a in inputs), tuple(dtypes), tuple(sorted(template.items())), _mode.fibers)
+        if key not in self._built:
+            types_in = {n: a.dtype for n, a in zip(self.inputs, inputs, strict=True)}
+            types_out = dict(zip(self.outputs, dtypes, strict=True))
+            text = host.source(self.body, self.header, types_in, types_out, template, _mode.fibers)
+            self._built[key] = host.build(self.name, text, self.exact)
+        outputs = [_poison(s, d) if _mode.poison else mx.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+        mx.eval(outputs)
+        sizes = [a.shape for n, a in zip(self.inputs, inputs, strict=True) if f"{n}_shape" in self.body]
+        groups = (grid[0] // threadgroup[0], grid[1], grid[2])
+        host.call(self._built[key], self.name, inputs, sizes, outputs, groups, threadgroup[0])
+        return outputs
+
+    def _run_on_gpu(self, inputs, template, grid, threadgroup, shapes, dtypes) -> list[mx.array]:  # type: ignore[no-untyped-def]
+        d = dialect()
+        if d not in self._built:
+            make = mx.fast.metal_kernel if d is Dialect.METAL else mx.fast.cuda_kernel
+            self._built[d] = make(
+                name=f"magellano_{self.name}",
+                input_names=list(self.inputs),
+                output_names=list(self.outputs),
+                source=self.body,
+                header=self.gpu_header(d),
+            )
+        extra = {"init_value": float("nan")} if _mode.poison else {}
+        return list(
+            self._built[d](
+                inputs=list(inputs),
+                template=list(template.items()),
+                grid=grid,
+                threadgroup=threadgroup,
+                output_shapes=list(shapes),
+                output_dtypes=list(dtypes),
+                **extra,
+            )
+        )
+
+    def gpu_header(self, d: Dialect) -> str:
+        """What MLX puts in front of the body: the dialect's header, common.h and the kernel's own."""
+        name = {Dialect.METAL: "metal.h", Dialect.CUDA: "cuda.h"}[d]
+        return (KERNELS / name).read_text() + (KERNELS / "common.h").read_text() + self.header + "\n"
+
+
+def _poison(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    if mx.issubdtype(dtype, mx.floating):
+        return mx.full(shape, float("nan"), dtype)
+    return mx.full(shape, 1, dtype) if dtype == mx.bool_ else mx.full(shape, 0xA5, mx.uint8).astype(dtype)
