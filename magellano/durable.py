@@ -1,0 +1,79 @@
+"""Files that survive: a folder appears under its final name whole and verified, or not at all.
+
+temporary folder beside it -> write -> fsync -> re-read and hash -> seal written last -> rename -> fsync the parent.
+`mx.save_safetensors` alone truncates in place and does not fsync: killed in a loop, most of its files were unreadable.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1 << 22
+TEMPORARY = ".tmp-"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Push a file's or folder's data to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """The files below `folder`, sorted."""
+    return (p for p in sorted(folder.rglob("*")) if p.is_file())
+
+
+def seal(folder: Path, name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """fsync every file, read it back, write `name` = facts + {"files": {path: {bytes, sha256}}} last. Returns what was written."""
+    listed = {}
+    for path in files_of(folder):
+        os.chmod(path, 0o600)
+        fsync(path)
+        listed[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    manifest = {**facts, "files": listed}
+    target = folder / name
+    target.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.chmod(target, 0o600)
+    fsync(target)
+    fsync(folder)
+    return manifest
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a sealed folder its final name; what stood there is removed."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    fsync(final.parent)
+
+
+def damage(folder: Path, name: str, deep: bool = True) -> str | None:
+    """Why the sealed `folder` cannot be trusted, or None. `deep` hashes; else sizes alone are compared."""
+    try:
+        listed = json.loads((folder / name).read_text(encoding="utf-8"))["files"]
+        for relative, facts in listed.items():
+            path = folder / relative
+            if not path.is_file():
+                return f"{relative} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{relative} has {path.stat().st_size} bytes, {facts['bytes']} were written"
+            if deep and sha256_file(path) != facts["sha256"]:
+                return f"{relative} is not what was written (SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"{name} is not readable: {e}"
+    return None
