@@ -1,0 +1,225 @@
+"""What a reader sees at the end: tables that print in a terminal and as Markdown, and pictures.
+
+matplotlib is imported here alone and only when a picture is drawn.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EVALUATION_JSON, EVALUATION_MD, LOSS_PNG, EXPERTS_PNG = "evaluation.json", "evaluation.md", "loss.png", "experts.png"
+BASE_COLOUR, TUNED_COLOUR, INK = "#8a8f98", "#1f6feb", "#30363d"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of strings; the first column is left-aligned, `numbers` says whether the others are right-aligned."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numbers: bool = True
+
+    def markdown(self) -> str:
+        """A GitHub-flavoured table under its title as a heading."""
+        rule = [":--", *(["--:" if self.numbers else ":--"] * (len(self.columns) - 1))]
+        lines = [self.columns, rule, *self.rows]
+        return f"### {self.title}\n\n" + "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+    def show(self, console: "Console") -> None:
+        """Print it to a terminal."""
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for number, column in enumerate(self.columns):
+            right = number > 0 and self.numbers
+            table.add_column(column, justify="right" if right else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row))  # Text: square brackets in samples are no markup
+        console.print(table)
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
+
+
+# name in evaluation.json, heading, format; in the table's order
+MEASURES = (
+    ("loss", "loss (nats/token)", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("bits_per_byte", "bits per byte", "{:.4f}"),
+    ("accuracy", "token accuracy", "{:.2%}"),
+    ("evenness", "expert evenness", "{:.3f}"),
+)
+
+
+def measures(evaluation: dict[str, Any]) -> Table:
+    """Base against fine-tuned, with the change. `evaluation` is what evaluation.json holds."""
+    base, tuned = evaluation["base"], evaluation["fine_tuned"]
+    rows = []
+    for key, name, form in MEASURES:
+        if base[key] is None or tuned[key] is None:
+            continue
+        change = f"{100 * (tuned[key] / base[key] - 1):+.1f} %" if base[key] else "-"
+        rows.append((name, form.format(base[key]), form.format(tuned[key]), change))
+    title = f"Held-out split: {tuned['tokens']:,} target tokens, {tuned['bytes']:,} bytes"
+    return Table(title, ("measure", "base", "fine-tuned", "change"), tuple(rows))
+
+
+def samples(evaluation: dict[str, Any]) -> Table:
+    """What both models make of held-out prompts, beside the true completion."""
+    columns = ("prompt", "true completion", "base", "fine-tuned")
+    rows = [tuple(_short(s[k]) for k in ("prompt", "truth", "base", "fine_tuned")) for s in evaluation["samples"]]
+    return Table("Samples from held-out prompts", columns, tuple(rows), numbers=False)
+
+
+def experts(evaluation: dict[str, Any]) -> Table:
+    """Share of token copies per expert in each MoE layer, of the fine-tuned model."""
+    uses = evaluation["fine_tuned"]["experts"]
+    most = max((len(use["share"]) for use in uses), default=0)
+    columns = ("MoE layer", *(f"expert {e}" for e in range(most)), "evenness")
+    rows = [(str(n), *(f"{s:.1%}" for s in use["share"]), f"{use['evenness']:.3f}") for n, use in enumerate(uses)]
+    return Table("How evenly the experts are used", columns, tuple(rows))
+
+
+def evaluation_markdown(evaluation: dict[str, Any]) -> str:
+    """The evaluation as a page: verdict, measures, samples, experts, pictures beside it."""
+    parts = [f"# Evaluation of {evaluation['profile']}", f"**{evaluation['verdict']['text']}**"]
+    tables = [measures(evaluation), samples(evaluation), experts(evaluation)]
+    parts += [table.markdown() for table in tables if table.rows]
+    parts += [f"![{name}]({file})" for name, file in (("loss", LOSS_PNG), ("expert use", EXPERTS_PNG))]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def stages(summaries: Sequence[dict[str, Any]]) -> Table:
+    """One row per stage of a run: {stage, state, seconds, summary}. What a stage does not measure stays empty."""
+    rows = []
+    for s in summaries:
+        facts = s.get("summary", {})
+        speed, peak = facts.get("tokens_per_s"), facts.get("peak_gib")
+        rows.append((
+            s["stage"],
+            s["state"],
+            duration(s["seconds"]) if s.get("seconds") is not None else "",
+            f"{speed:,.0f}" if speed is not None else "",
+            f"{peak:.2f} GiB" if peak is not None else "",
+        ))  # fmt: skip
+    return Table("Stages", ("stage", "state", "time", "tokens/s", "peak memory"), tuple(rows))
+
+
+def facts(title: str, values: dict[str, Any]) -> Table:
+    """Names and values, one row each."""
+    return Table(title, ("", ""), tuple((k.replace("_", " "), number(v)) for k, v in values.items()), numbers=False)
+
+
+def number(value: Any) -> str:
+    """Floats to four significant digits, whole numbers with thousands separators, anything else as it is."""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def places(paths: dict[str, Path | str]) -> Table:
+    """Where everything lies."""
+    return Table("Where it lies", ("what", "path"), tuple((k, str(v)) for k, v in paths.items()), numbers=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them: 0.42 s, 12.3 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as a reader says them: 512 B, 1.5 MiB, 22.4 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _short(text: str, limit: int = 240) -> str:
+    text = re.sub(r"\s+", " ", text).strip()
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def loss_picture(out: Path, curves: dict[str, list[dict[str, Any]]], base_loss: float, tuned_loss: float) -> None:
+    """One panel per training run in `curves` (its metrics lines); the last is the fine-tune and carries both evaluations."""
+    figure, axes = _figure(max(len(curves), 1), "step", "loss (nats/token)")
+    for axis, (name, lines) in zip(axes, curves.items(), strict=False):
+        steps = [line for line in lines if "loss" in line]
+        axis.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=TUNED_COLOUR, lw=1.6, label="training")
+        held_out = [line for line in lines if "held_out_loss" in line]
+        if held_out:
+            values = [h["held_out_loss"] for h in held_out]
+            axis.plot([h["step"] for h in held_out], values, "o", ms=4, color=INK, label="held out")
+        axis.set_title(name, loc="left", color=INK)
+    axes[-1].axhline(base_loss, color=BASE_COLOUR, ls="--", lw=1.2, label=f"base, held out: {base_loss:.3f}")
+    axes[-1].axhline(tuned_loss, color=TUNED_COLOUR, ls="--", lw=1.2, label=f"fine-tuned, held out: {tuned_loss:.3f}")
+    for axis in axes:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    _save(figure, out)
+
+
+def experts_picture(out: Path, base: Sequence[dict[str, Any]], tuned: Sequence[dict[str, Any]]) -> None:
+    """Share per expert, base beside fine-tuned, one panel per MoE layer; the dashed line is an even share."""
+    shown = min(len(tuned), 12)
+    figure, axes = _figure(max(shown, 1), "expert", "share of token copies")
+    for n in range(shown):
+        shares = base[n]["share"], tuned[n]["share"]
+        for offset, share, colour, name in zip(
+            (-0.2, 0.2), shares, (BASE_COLOUR, TUNED_COLOUR), ("base", "fine-tuned"), strict=True
+        ):
+            axes[n].bar([e + offset for e in range(len(share))], share, width=0.4, color=colour, label=name)
+        axes[n].axhline(1 / len(shares[1]), color=INK, ls="--", lw=1)
+        axes[n].set_xticks(range(len(shares[1])))
+        axes[n].set_title(f"MoE layer {n}: evenness {tuned[n]['evenness']:.3f}", loc="left", color=INK)
+    if shown:
+        axes[0].legend(frameon=False, fontsize=8)
+    else:
+        axes[0].set_title("this model has no MoE layer", loc="left", color=INK)
+    _save(figure, out)
+
+
+def _figure(panels: int, x: str, y: str) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(panels, 3)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(max(5.5, 4.6 * columns), 3.6 * rows), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.set_visible(False)
+    for axis in axes[:panels]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+        axis.set(xlabel=x, ylabel=y)
+    return figure, axes[:panels]
+
+
+def _save(figure: Any, out: Path) -> None:
+    """No date goes into the file: the same numbers make the same picture."""
+    figure.savefig(out, metadata={"Software": None})

@@ -1,0 +1,91 @@
+"""evaluate: release, held-out split, base -> measures of both models, samples, pictures, verdict."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from magellano.data.shards import Shards
+from magellano.progress import Progress
+from magellano.tokenizer import Tokenizer
+
+from magellano import loader, report
+from magellano.backend import mx
+from magellano.evaluate import Example, Scores, Verdict, examples, score
+from magellano.generate import Sampling, generate
+from magellano.model import MagellanoLM
+from magellano.profile import Profile
+from magellano.trainer import METRICS
+
+
+def run(out: Path, profile: Profile, release: Path, tokens: Path, base: Path, progress: Progress) -> dict[str, Any]:
+    """Write evaluation.json, evaluation.md, loss.png and experts.png; returns measures and verdict.
+
+    One model is in memory at a time. InputError where the held-out split has no target that counts.
+    """
+    split, tokenizer = Shards(tokens, "held_out"), Tokenizer(profile.model.vocab_size)
+    chosen = examples(split, tokenizer.end_of_text, profile.evaluate.samples)
+    half = _Halves(progress)
+    compute = profile.train.compute
+    base_scores, base_texts = _measure(loader.load_model(base, compute), profile, split, tokenizer, chosen, half.first)
+    mx.clear_cache()
+    model = loader.load_release(release, base, compute)
+    tuned_scores, tuned_texts = _measure(model, profile, split, tokenizer, chosen, half.second)
+    verdict = Verdict.of(base_scores, tuned_scores)
+    evaluation = {
+        "profile": profile.name,
+        "base": base_scores.to_dict(),
+        "fine_tuned": tuned_scores.to_dict(),
+        "verdict": {
+            "improved": verdict.improved,
+            "loss_percent": verdict.loss_percent,
+            "perplexity_percent": verdict.perplexity_percent,
+            "text": str(verdict),
+        },
+        "samples": [
+            {"prompt": tokenizer.decode(e.prompt), "truth": tokenizer.decode(e.completion), "base": b, "fine_tuned": t}
+            for e, b, t in zip(chosen, base_texts, tuned_texts, strict=True)
+        ],
+    }
+    _write(out, evaluation, release, base)
+    return {key: value for key, value in evaluation.items() if key != "samples"}
+
+
+def _measure(
+    model: MagellanoLM,
+    profile: Profile,
+    split: Shards,
+    tokenizer: Tokenizer,
+    chosen: Sequence[Example],
+    progress: Progress,
+) -> tuple[Scores, list[str]]:
+    """Scores on the held-out split and the text generated for each example."""
+    config = profile.evaluate
+    scores = score(model, split, tokenizer.bytes_per_token(), config.batch, config.max_tokens, progress)
+    sampling = Sampling(temperature=config.temperature, seed=profile.train.seed)
+    made = [generate(model, e.prompt, tokenizer.end_of_text, config.sample_tokens, sampling) for e in chosen]
+    return scores, [tokenizer.decode(list(tokens)) for tokens in made]
+
+
+class _Halves:
+    """Progress over two passes of the same length."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    def first(self, done: int, total: int, **facts: float | str) -> None:
+        self._progress(done, 2 * total, model="base", **facts)
+
+    def second(self, done: int, total: int, **facts: float | str) -> None:
+        self._progress(total + done, 2 * total, model="fine-tuned", **facts)
+
+
+def _write(out: Path, evaluation: dict[str, Any], release: Path, base: Path) -> None:
+    text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
+    (out / report.EVALUATION_JSON).write_text(text + "\n", encoding="utf-8")
+    (out / report.EVALUATION_MD).write_text(report.evaluation_markdown(evaluation), encoding="utf-8")
+    runs = {"pretraining of the base": base / METRICS, "fine-tuning": release / METRICS}
+    curves = {name: report.read_metrics(path) for name, path in runs.items() if path.is_file()}
+    base_scores, tuned_scores = evaluation["base"], evaluation["fine_tuned"]
+    report.loss_picture(out / report.LOSS_PNG, curves, base_scores["loss"], tuned_scores["loss"])
+    report.experts_picture(out / report.EXPERTS_PNG, base_scores["experts"], tuned_scores["experts"])
