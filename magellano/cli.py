@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="magellano",
         description="Fine-tunes a Mamba-MoE language model on this machine: NF4 base, LoRA adapters, MLX.",
         epilog=EXIT_CODES,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():

@@ -10,6 +10,7 @@ Shapes: B batch, T time, E experts, L tokens of all documents behind each other.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,7 +48,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """How one MoE layer spreads its tokens: share per expert, and entropy / log(E), 1 when even and 0 when one has all."""
+    """How one MoE layer spreads its tokens: share per expert, and entropy / log(E): 1 when even, 0 when one has all."""
 
     share: tuple[float, ...]
     evenness: float
@@ -84,7 +85,7 @@ class Scores:
 
 
 def score(model: Scorer, split: Split, bytes_of: np.ndarray, batch: int, max_tokens: int, progress: Progress) -> Scores:
-    """Measure `model` on the split's rows in order, up to the row with which `max_tokens` counted targets are reached (0: all).
+    """Measure `model` on the split's rows in order, up to the row that reaches `max_tokens` counted targets (0: all).
 
     `bytes_of` [V] holds the bytes that each token spells (end-of-text: 0). Raises InputError where no target counts and
     FloatingPointError where the model's loss is not finite.
@@ -122,7 +123,7 @@ def score(model: Scorer, split: Split, bytes_of: np.ndarray, batch: int, max_tok
 
 
 def _expert_counts(model: Scorer, rows: Batch) -> list[list[int]]:
-    """Counts without the padding, which would all go to the same experts: the rows' documents as one row, borders kept."""
+    """Counts without padding, which would all go to the same experts: the documents as one row, borders kept."""
     kept = [_used(weights) for weights in rows.weights]
     tokens_L = np.concatenate([row[:n] for row, n in zip(rows.tokens, kept, strict=True)])
     reset_L = np.concatenate([row[:n] for row, n in zip(rows.reset, kept, strict=True)])
@@ -202,7 +203,7 @@ def _documents(
     """The whole documents of one row: those that start with end-of-text and have a counted target."""
     starts = [*np.flatnonzero(reset_T), len(tokens_T)]
     documents = []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         counted = np.flatnonzero(counted_T[start:end])
         if tokens_T[start] != end_of_text or not counted.size:
             continue

@@ -36,7 +36,7 @@ class Plan:
 
 
 def fine_tune(profile: Profile, wide_compute: bool) -> Plan:
-    """The plan of the train stage. `wide_compute`: what compute = "auto" means here, float32 (a CPU) or 16 bits (a GPU)."""
+    """The plan of the train stage. `wide_compute`: whether compute = "auto" means float32 here (a CPU) or 16 bits."""
     specs = parameters(profile.model)
     quantized = [s for s in specs if _quantizes(profile, s)]
     trainable = lora_count(profile.model, profile.lora)
@@ -102,7 +102,7 @@ def _layer(profile: Profile, kind: LayerKind, width: int) -> int:
 
 
 def _flops_per_token(profile: Profile) -> int:
-    """Forward, recomputation and the gradient to the activations, 2 operations per weight each; adapters train both ways."""
+    """Forward, recomputation and the gradient to activations, 2 operations a weight each; adapters add their own."""
     m = profile.model
     active = adapters = 0
     for spec in parameters(m):

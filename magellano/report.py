@@ -19,7 +19,7 @@ BASE_COLOUR, TUNED_COLOUR, INK = "#8a8f98", "#1f6feb", "#30363d"
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of strings; the first column is left-aligned, `numbers` says whether the others are right-aligned."""
+    """A titled table of strings; `numbers`: all columns but the first are right-aligned."""
 
     title: str
     columns: tuple[str, ...]
@@ -38,7 +38,14 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        head = any(self.columns)
+        table = RichTable(
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            show_header=head,
+            box=box.SIMPLE_HEAD if head else box.SIMPLE,
+        )
         for number, column in enumerate(self.columns):
             right = number > 0 and self.numbers
             table.add_column(column, justify="right" if right else "left", overflow="fold")
@@ -164,7 +171,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_picture(out: Path, curves: dict[str, list[dict[str, Any]]], base_loss: float, tuned_loss: float) -> None:
-    """One panel per training run in `curves` (its metrics lines); the last is the fine-tune and carries both evaluations."""
+    """One panel per training run in `curves` (its metrics); the last, the fine-tune, carries both evaluations."""
     figure, axes = _figure(max(len(curves), 1), "step", "loss (nats/token)")
     for axis, (name, lines) in zip(axes, curves.items(), strict=False):
         steps = [line for line in lines if "loss" in line]

@@ -1,4 +1,4 @@
-"""Generation: each way of choosing a token against its definition, and the loop against the full forward of a real model."""
+"""Generation: each way of choosing a token against its definition, the loop against the full forward of a model."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""magellano benchmark NAME: a module of magellano.benchmark that has `run() -> dict` measures one thing on this machine."""
+"""magellano benchmark NAME: runs `run() -> dict` of the module magellano.benchmark.NAME."""
 
 import argparse
 import importlib

@@ -1,0 +1,43 @@
+"""magellano evaluate RUN"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = "measure a release against its base on its held-out split"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    from magellano.commands.generate import run_argument
+
+    run_argument(parser)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: HOME/evaluations/KEY)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    import json
+
+    from magellano.progress import terminal
+    from magellano.runs import Release
+
+    from magellano import report
+
+    release = Release.find(args.run)
+    from magellano.stages import evaluate
+
+    out = args.out or release.home / "evaluations" / release.folder.name
+    out.mkdir(parents=True, exist_ok=True)
+    with terminal("evaluate") as progress:
+        evaluate.run(out, release.profile, release.folder, release.tokens, release.base, progress)
+    evaluation = json.loads((out / report.EVALUATION_JSON).read_text(encoding="utf-8"))
+    return {**evaluation, "release": str(release.folder), "out": str(out)}
+
+
+def show(facts: dict[str, Any], console: "Console") -> None:
+    from magellano import report
+
+    report.show_evaluation(facts, console)
+    report.places({"release": facts["release"], "evaluation": facts["out"]}).show(console)
