@@ -33,25 +33,24 @@ def selective_scan(
     return_state: bool = False,
     frozen_parameters: bool = False,
 ) -> mx.array | tuple[mx.array, mx.array]:
-    """y_t = c_t . s_t + skip x_t with s_t = exp(d_t A) s_{t-1} + d_t x_t b_t, where d is softplus(dt + dt_bias) if dt_bias is
-    given and dt if not; with z, y_t is multiplied by silu(z_t).
+    """y_t = c_t . s_t + skip x_t with s_t = exp(d_t A) s_{t-1} + d_t x_t b_t, where d is softplus(dt + dt_bias) if
+    dt_bias is given and dt if not; with z, y_t is multiplied by silu(z_t).
 
-    reset: non-zero where a document starts; the state before that step is zero. state: the state before the first step,
-    zero by default. Returns y_BTI in x's dtype, and with return_state also the last state_BIN in float32; all is float32
-    inside. float32, float16 and bfloat16 inputs may mix.
+    reset: non-zero where a document starts; the state before that step is zero. state: the state before the first
+    step, zero by default. Returns y_BTI in x's dtype, and with return_state also the last state_BIN in float32. All is
+    float32 inside; float32, float16 and bfloat16 inputs may mix.
 
     Differentiable once, in every input but reset. frozen_parameters: A, skip and dt_bias are constants; their gradients
     are then zero and cost nothing. Equal inputs give equal bits. On a CPU it computes at once: inside mx.compile or
     mx.vmap it raises TracedError. Raises ValueError for an argument of a wrong shape.
     """
-    if return_state and reset_BT is not None and reset_BT.ndim != 2:
-        raise ValueError(f"selective_scan: reset has shape {reset_BT.shape}, expected [B, T]")
     arrays = (x_BTI, dt_BTI, A_IN, b_BTN, c_BTN, skip_I, z_BTI, dt_bias_I, reset_BT, state_BIN)
-    _check(dict(zip(_INPUTS, arrays, strict=True)))
+    given = {name: array for name, array in zip(_INPUTS, arrays, strict=True) if array is not None}
+    _check(given)
     if launch.dialect() is Dialect.REFERENCE:
         y_BTI, last_BIN = reference(*arrays)
     else:
-        y_BTI, last_BIN = _fast(arrays, return_state, frozen_parameters)
+        y_BTI, last_BIN = _fast(given, return_state, frozen_parameters)
     return (y_BTI, last_BIN) if return_state else y_BTI
 
 
@@ -67,7 +66,7 @@ def reference(
     reset_BT: mx.array | None = None,
     state_BIN: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The definition, step by step in MLX operations: slow, differentiable by MLX itself. Returns y_BTI and the last state."""
+    """The definition, step by step in MLX operations: slow, differentiable by MLX. Returns y_BTI, the last state."""
     dtype = x_BTI.dtype
     (B, T, I), N = x_BTI.shape, A_IN.shape[1]
     x_BTI, d_BTI, A_IN, b_BTN, c_BTN = (v.astype(mx.float32) for v in (x_BTI, dt_BTI, A_IN, b_BTN, c_BTN))
@@ -90,26 +89,24 @@ def reference(
     return y_BTI.astype(dtype), s_BIN
 
 
-def _check(arrays: dict[str, mx.array | None]) -> None:
-    x, A = arrays["x"], arrays["A"]
-    assert x is not None
-    assert A is not None
+def _check(given: dict[str, mx.array]) -> None:
+    x, A = given["x"], given["A"]
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"selective_scan: x has shape {x.shape}, expected [B, T, I], none of them zero")
-    (B, T, I) = x.shape
+    B, T, I = x.shape
     if A.ndim != 2 or A.shape[0] != I or A.shape[1] == 0:
         raise ValueError(f"selective_scan: A has shape {A.shape}, expected [I, N] with I = {I}, as in x {x.shape}")
     N = A.shape[1]
     expected = {
-        "dt": (B, T, I), "b": (B, T, N), "c": (B, T, N), "skip": (I,), "z": (B, T, I), "dt_bias": (I,), "reset": (B, T),
-        "state": (B, I, N),
+        "x": (B, T, I), "dt": (B, T, I), "A": (I, N), "b": (B, T, N), "c": (B, T, N), "skip": (I,), "z": (B, T, I),
+        "dt_bias": (I,), "reset": (B, T), "state": (B, I, N),
     }  # fmt: skip
-    for name, shape in expected.items():
-        array = arrays[name]
-        if array is not None and array.shape != shape:
-            raise ValueError(f"selective_scan: {name} has shape {array.shape}, expected {shape} with x {x.shape}")
-    for name, array in arrays.items():
-        if array is not None and name != "reset" and not mx.issubdtype(array.dtype, mx.floating):
+    for name, array in given.items():
+        if array.shape != expected[name]:
+            raise ValueError(
+                f"selective_scan: {name} has shape {array.shape}, expected {expected[name]} with x {x.shape}, A {A.shape}"
+            )
+        if name != "reset" and not mx.issubdtype(array.dtype, mx.floating):
             raise ValueError(f"selective_scan: {name} is {array.dtype}, expected a floating dtype")
 
 
@@ -140,23 +137,12 @@ def geometry(T: int, I: int, N: int) -> Geometry:
     return Geometry(lanes=1, channels=channels, simdgroups=1, steps=1 if T == 1 else 16, simd=1)
 
 
-def _fast(arrays: tuple, return_state: bool, frozen: bool) -> tuple[mx.array, mx.array]:
+def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple[mx.array, mx.array]:
     """Through the kernels, with their own gradient."""
-    given = dict(zip(_INPUTS, arrays, strict=True))
-    for name in ("A", "skip", "dt_bias", "state"):
-        if given[name] is not None:
-            given[name] = given[name].astype(mx.float32)
-    N = given["A"].shape[1]
-    padded = 1 << (N - 1).bit_length()
-    if launch.gpu_geometry() and padded != N:  # states with A = b = c = 0 stay zero and add nothing
-        for name in ("A", "b", "c", "state"):
-            if given[name] is not None:
-                given[name] = mx.pad(given[name], [(0, 0)] * (given[name].ndim - 1) + [(0, padded - N)])
-    if given["reset"] is not None:
-        given["reset"] = (given["reset"] != 0).astype(mx.uint8)
+    given, N = _prepare(given), given["A"].shape[1]
     constants = {"reset"} | ({"A", "skip", "dt_bias"} if frozen else set())
-    moving = [name for name, array in given.items() if array is not None and name not in constants]
-    chosen = geometry(given["x"].shape[1], given["x"].shape[2], padded if launch.gpu_geometry() else N)
+    moving = [name for name in given if name not in constants]
+    chosen = geometry(given["x"].shape[1], given["x"].shape[2], given["A"].shape[1])
 
     @mx.custom_function
     def scan(*values: mx.array) -> tuple[mx.array, ...]:
@@ -173,21 +159,40 @@ def _fast(arrays: tuple, return_state: bool, frozen: bool) -> tuple[mx.array, mx
     return y_BTI, last_BIN[:, :, :N]
 
 
-def forward(given: dict[str, mx.array | None], chosen: Geometry) -> list[mx.array]:
+def _prepare(given: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The arrays as the kernels take them: parameters and state in float32, reset as bytes, and on a GPU N filled up to a
+    power of two by states with A = b = c = 0, which stay zero and add nothing.
+    """
+    ready = dict(given)
+    N = given["A"].shape[1]
+    extra = (1 << (N - 1).bit_length()) - N if launch.gpu_geometry() else 0
+    for name, array in given.items():
+        if name in ("A", "skip", "dt_bias", "state"):
+            ready[name] = array.astype(mx.float32)
+        if name == "reset":
+            ready[name] = (array != 0).astype(mx.uint8)
+        if extra and name in ("A", "b", "c", "state"):
+            ready[name] = mx.pad(ready[name], [(0, 0)] * (array.ndim - 1) + [(0, extra)])
+    return ready
+
+
+def forward(given: dict[str, mx.array], chosen: Geometry) -> list[mx.array]:
     """One launch: y_BTI, the last state_BIN, and the states between chunks [B, K-1, N, I] for `backward`."""
     (B, T, I), N = given["x"].shape, given["A"].shape[1]
     K = -(-T // chosen.steps)
+    grid, threadgroup = _grid(chosen, B, I)
     return _FORWARD(
-        [_or_nothing(given[name]) for name in _INPUTS],
+        [given.get(name, mx.zeros(_NOTHING)) for name in _INPUTS],
         template={**_flags(given), **chosen.template(), "N": N, "TX": given["x"].dtype},
-        **_grid(chosen, B, I),
+        grid=grid,
+        threadgroup=threadgroup,
         output_shapes=[(B, T, I), (B, I, N), (B, K - 1, N, I) if K > 1 else _NOTHING],
         output_dtypes=[given["x"].dtype, mx.float32, mx.float32],
     )
 
 
 def backward(
-    given: dict[str, mx.array | None],
+    given: dict[str, mx.array],
     borders: mx.array,
     dy_BTI: mx.array,
     dstate_out_BIN: mx.array | None,
@@ -197,17 +202,23 @@ def backward(
     """One launch and the sums over its partial results: the gradient of every input under its name."""
     (B, T, I), N = given["x"].shape, given["A"].shape[1]
     G = -(-I // chosen.group_channels)
-    z, state = given["z"], given["state"]
-    types = {"TX": given["x"].dtype, "TDT": given["dt"].dtype, "TZ": mx.float32 if z is None else z.dtype}
+    types = {"TX": given["x"].dtype, "TDT": given["dt"].dtype, "TZ": given.get("z", dy_BTI).dtype}
     flags = {**_flags(given), "HAS_DSTATE": dstate_out_BIN is not None, "FROZEN": frozen}
-    parameter = _NOTHING if frozen else (B, I)
+    grid, threadgroup = _grid(chosen, B, I)
+    per_row = _NOTHING if frozen else (B, I)
     dx, ddt, dA, db, dc, dskip, dz, dbias, dstate = _BACKWARD(
-        [*(_or_nothing(given[name]) for name in _INPUTS), borders, dy_BTI, _or_nothing(dstate_out_BIN)],
+        [
+            *[given.get(name, mx.zeros(_NOTHING)) for name in _INPUTS],
+            borders,
+            dy_BTI,
+            mx.zeros(_NOTHING) if dstate_out_BIN is None else dstate_out_BIN,
+        ],
         template={**flags, **chosen.template(), "N": N, **types},
-        **_grid(chosen, B, I),
+        grid=grid,
+        threadgroup=threadgroup,
         output_shapes=[
-            (B, T, I), (B, T, I), _NOTHING if frozen else (B, I, N), (G, B, T, N), (G, B, T, N), parameter,
-            _NOTHING if z is None else (B, T, I), parameter, _NOTHING if state is None else (B, I, N),
+            (B, T, I), (B, T, I), _NOTHING if frozen else (B, I, N), (G, B, T, N), (G, B, T, N), per_row,
+            (B, T, I) if "z" in given else _NOTHING, per_row, (B, I, N) if "state" in given else _NOTHING,
         ],
         output_dtypes=[types["TX"], types["TDT"], *[mx.float32] * 4, types["TZ"], mx.float32, mx.float32],
     )  # fmt: skip
@@ -218,16 +229,11 @@ def backward(
     return grads
 
 
-def _grid(chosen: Geometry, B: int, I: int) -> dict[str, tuple[int, int, int]]:
+def _grid(chosen: Geometry, B: int, I: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     threads = chosen.simdgroups * chosen.simd
-    return {"grid": (-(-I // chosen.group_channels) * threads, B, 1), "threadgroup": (threads, 1, 1)}
+    return (-(-I // chosen.group_channels) * threads, B, 1), (threads, 1, 1)
 
 
-def _flags(given: dict[str, mx.array | None]) -> dict[str, bool]:
-    return {f"HAS_{flag}": given[name] is not None for flag, name in (
-        ("SKIP", "skip"), ("Z", "z"), ("BIAS", "dt_bias"), ("RESET", "reset"), ("STATE", "state")
-    )}  # fmt: skip
-
-
-def _or_nothing(array: mx.array | None) -> mx.array:
-    return mx.zeros(_NOTHING) if array is None else array
+def _flags(given: dict[str, mx.array]) -> dict[str, bool]:
+    names = {"HAS_SKIP": "skip", "HAS_Z": "z", "HAS_BIAS": "dt_bias", "HAS_RESET": "reset", "HAS_STATE": "state"}
+    return {flag: name in given for flag, name in names.items()}
