@@ -1,6 +1,17 @@
 """Operations: each file holds one contract, its plain-MLX reference, its gradient and the choice of back end."""
 
 from magellano.ops.causal_conv import causal_conv
+from magellano.ops.cross_entropy import linear_cross_entropy, token_scores
+from magellano.ops.moe import grouped_matmul, route
+from magellano.ops.nf4 import nf4_matmul
 from magellano.ops.selective_scan import selective_scan
 
-__all__ = ["causal_conv", "selective_scan"]
+__all__ = [
+    "causal_conv",
+    "grouped_matmul",
+    "linear_cross_entropy",
+    "nf4_matmul",
+    "route",
+    "selective_scan",
+    "token_scores",
+]

@@ -104,7 +104,7 @@ def _check(given: dict[str, mx.array]) -> None:
     for name, array in given.items():
         if array.shape != expected[name]:
             raise ValueError(
-                f"selective_scan: {name} has shape {array.shape}, expected {expected[name]} with x {x.shape}, A {A.shape}"
+                f"selective_scan: {name} has shape {array.shape}, expected {expected[name]}: x is {x.shape}, A {A.shape}"
             )
         if name != "reset" and not mx.issubdtype(array.dtype, mx.floating):
             raise ValueError(f"selective_scan: {name} is {array.dtype}, expected a floating dtype")
@@ -139,7 +139,8 @@ def geometry(T: int, I: int, N: int) -> Geometry:
 
 def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple[mx.array, mx.array]:
     """Through the kernels, with their own gradient."""
-    given, N = _prepare(given), given["A"].shape[1]
+    N = given["A"].shape[1]
+    given = _prepare(given)
     constants = {"reset"} | ({"A", "skip", "dt_bias"} if frozen else set())
     moving = [name for name in given if name not in constants]
     chosen = geometry(given["x"].shape[1], given["x"].shape[2], given["A"].shape[1])
@@ -155,13 +156,13 @@ def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple
         grads = backward(values, outputs[2], cotangents[0], dstate_out, chosen, frozen)
         return tuple(grads[name] for name in moving)
 
-    y_BTI, last_BIN, _ = scan(*[given[name] for name in moving])
-    return y_BTI, last_BIN[:, :, :N]
+    y_BTI, last_BIN, _ = scan(*[given[name] for name in moving])  # type: ignore[misc]
+    return y_BTI, last_BIN[:, :, :N]  # type: ignore[has-type]
 
 
 def _prepare(given: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The arrays as the kernels take them: parameters and state in float32, reset as bytes, and on a GPU N filled up to a
-    power of two by states with A = b = c = 0, which stay zero and add nothing.
+    """The arrays as the kernels take them: parameters and state in float32, reset as bytes, and on a GPU N filled up to
+    a power of two by states with A = b = c = 0, which stay zero and add nothing.
     """
     ready = dict(given)
     N = given["A"].shape[1]

@@ -1,4 +1,4 @@
-"""Runs an operation's tests in every dialect: plain MLX, the host's kernels, the GPU's geometry on fibers, real GPUs."""
+"""Runs an operation's tests in every dialect: plain MLX, the host's kernels, the GPU's geometry on fibers, GPUs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
