@@ -50,7 +50,9 @@ class NF4Tensor:
         for part, size, dtype in zip(cls.PARTS, sizes, (mx.uint8, mx.uint8, mx.float32, mx.float32), strict=True):
             array = arrays[part]
             if array.size != size or array.dtype != dtype:
-                raise ValueError(f"NF4 {part}: {array.size} values of {array.dtype}, shape {shape} needs {size} of {dtype}")
+                raise ValueError(
+                    f"NF4 {part}: {array.size} values of {array.dtype}, shape {shape} needs {size} of {dtype}"
+                )
         return tensor
 
     def factors(self) -> mx.array:

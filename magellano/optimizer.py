@@ -15,9 +15,9 @@ STEP = "step"
 class AdamW:
     """AdamW with decoupled weight decay, optional AMSGrad, float32 or float16 states (see magellano/ops/adamw.py).
 
-    `decays(name)` says which parameters weight decay touches; by default all. The stochastic rounding of float16 states depends
-    on (seed, step, parameter's name) alone. `state` is one flat dict: "step", and for each parameter NAME.m, NAME.s and, with
-    AMSGrad, NAME.peak; it can be set from any tree that flattens to these names.
+    `decays(name)` says which parameters weight decay touches; by default all. The stochastic rounding of float16
+    states depends on (seed, step, parameter's name) alone. `state` is one flat dict: "step", and for each parameter
+    NAME.m, NAME.s and, with AMSGrad, NAME.peak; it can be set from any tree that flattens to these names.
     """
 
     def __init__(

@@ -1,12 +1,14 @@
-"""One AdamW step of one tensor (Loshchilov & Hutter 2019, arXiv 1711.05101; AMSGrad: Reddi et al. 2018, arXiv 1904.09237).
+"""One AdamW step of one tensor (Loshchilov & Hutter 2019, arXiv 1711.05101; AMSGrad: Reddi et al. 2018, arXiv
+1904.09237).
 
     m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   w = (1 - lr wd) w - lr (m c1) / (sqrt(v) c2 + eps)
     c1 = 1 / (1 - b1^t);     c2 = 1 / sqrt(1 - b2^t);   AMSGrad puts the largest v so far under the root
 
-The second state is kept as its root s = sqrt(v), in float32 too: one meaning for both formats.
-In float16 a plain v underflows (0.001 * g^2 for g = 1e-3 is 1e-9), the step becomes lr m / eps and the weights explode. So
-16-bit states hold 2^10 m, rounded to nearest, and 2^10 sqrt(v), rounded stochastically: its decay of 0.05 % a step is half a
-unit in the last place, and to nearest it would stall. The rounding's random numbers are a hash of (key, index), so a resumed run repeats them.
+The second state is kept as its root s = sqrt(v), in float32 too: one meaning for both formats. In float16 a plain v
+underflows (0.001 * g^2 for g = 1e-3 is 1e-9), the step becomes lr m / eps and the weights explode. So 16-bit states
+hold 2^10 m, rounded to nearest, and 2^10 sqrt(v), rounded stochastically: its decay of 0.05 % a step is half a unit in
+the last place, and to nearest it would stall. The rounding's random numbers are a hash of (key, index), so a resumed
+run repeats them.
 """
 
 import math
@@ -30,8 +32,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of one step. `factor` multiplies the gradient (1 / loss scale, times a clip factor); `c1` and `c2` correct
-    the bias. lr, factor, c1 and c2 are float32 scalars, `key` a uint32 scalar.
+    """The numbers of one step. `factor` multiplies the gradient (1 / loss scale, times a clip factor); `c1` and `c2`
+    correct the bias. lr, factor, c1 and c2 are float32 scalars, `key` a uint32 scalar.
     """
 
     lr: mx.array

@@ -1,11 +1,14 @@
-"""Linear + cross-entropy over a large vocabulary without ever holding all logits: they exist for `chunk` rows at a time.
+"""Linear + cross-entropy over a large vocabulary without ever holding all logits: they exist for `chunk` rows at a
+time.
 
-The forward pass computes the loss and, while a chunk's logits are there, every gradient; the backward pass only scales them by
-the cotangent. The other choice, to make the logits again in the backward pass, would add a third product to three, and the
-gradients kept meanwhile are no larger than their inputs. The price: a loss without gradients costs as much; use `token_scores`.
+The forward pass computes the loss and, while a chunk's logits are there, every gradient; the backward pass only scales
+them by the cotangent. The other choice, to make the logits again in the backward pass, would add a third product to
+three, and the gradients kept meanwhile are no larger than their inputs. The price: a loss without gradients costs as
+much; use `token_scores`.
 
-The vocabulary is walked in slices, so that an NF4 head is never dense as a whole, a chunk's gradient exists for one slice at a
-time, and on a GPU the products have a convenient width (50,257 columns at once run at a quarter of the speed of 8,192).
+The vocabulary is walked in slices, so that an NF4 head is never dense as a whole, a chunk's gradient exists for one
+slice at a time, and on a GPU the products have a convenient width (50,257 columns at once run at a quarter of the
+speed of 8,192).
 
 Shapes: M rows, D d_model, V vocabulary, r LoRA rank, C rows of a chunk, W columns of a slice.
 """
@@ -88,7 +91,7 @@ def _prepare(x_MD, w_VD, target_M, weight_M):  # type: ignore[no-untyped-def]
     assert target_M.shape == weight_M.shape == x_MD.shape[:1], (x_MD.shape, target_M.shape, weight_M.shape)
     assert w_VD.shape[1] == x_MD.shape[1], f"x {x_MD.shape} does not fit w {w_VD.shape}"
     if not isinstance(w_VD, mx.array) and on_gpu():
-        w_VD = w_VD.dequantize(x_MD.dtype)  # there it is small beside the rest, and making it anew for each chunk is not
+        w_VD = w_VD.dequantize(x_MD.dtype)  # small beside the rest there, and making it for each chunk is not
     weight_M = weight_M.astype(mx.float32)
     return w_VD, mx.where(weight_M == 0, 0, target_M).astype(mx.int32), weight_M
 
@@ -106,8 +109,8 @@ def linear_cross_entropy(
 ) -> mx.array:
     """sum_m weight[m] * -log softmax(x w^T + u b^T)[m, target[m]] in nats, a float32 scalar.
 
-    Differentiable in x, u, b and a dense w, not in weight. Rows of weight 0 count exactly nothing, whatever their target.
-    `frozen` says that a dense w needs no gradient: saves its product and its memory. NF4 w is always frozen.
+    Differentiable in x, u, b and a dense w, not in weight. Rows of weight 0 count exactly nothing, whatever their
+    target. `frozen` says that a dense w needs no gradient: saves its product and its memory. NF4 w is always frozen.
     """
     w_VD, target_M, weight_M = _prepare(x_MD, w_VD, target_M, weight_M)
     trains_w = isinstance(w_VD, mx.array) and not frozen
@@ -131,7 +134,13 @@ def linear_cross_entropy(
 
 
 def _loss_and_gradients(
-    x_MD: mx.array, head: _Head, u_Mr: mx.array | None, target_M: mx.array, weight_M: mx.array, chunk: int, trains_w: bool
+    x_MD: mx.array,
+    head: _Head,
+    u_Mr: mx.array | None,
+    target_M: mx.array,
+    weight_M: mx.array,
+    chunk: int,
+    trains_w: bool,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The loss and its gradients in float32, by name: x, w (if it trains), u and b (if there)."""
     total, done = mx.zeros(()), mx.zeros(())
@@ -182,7 +191,9 @@ def token_scores(
     head, nll, correct = _Head(w_VD, b_Vr), [], []
     for i in range(0, x_MD.shape[0], chunk):
         at = slice(i, i + chunk)
-        parts = head.logits(mx.depends([x_MD[at]], nll[-1:])[0] if nll else x_MD[at], None if u_Mr is None else u_Mr[at])
+        parts = head.logits(
+            mx.depends([x_MD[at]], nll[-1:])[0] if nll else x_MD[at], None if u_Mr is None else u_Mr[at]
+        )
         lse_C, picked_C = _nll(parts, target_M[at])
         as_high_C = mx.stack([(part >= picked_C[:, None]).sum(axis=1) for part in parts]).sum(axis=0)
         nll.append(mx.where(weight_M[at] == 0, 0.0, lse_C - picked_C))

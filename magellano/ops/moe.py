@@ -10,10 +10,11 @@ from magellano.ops.nf4 import Quantized
 
 
 def route(logits_ME: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """The k likeliest experts of each token, likeliest first: (gate float32 [M, k] that sum to 1, expert int32 [M, k]).
+    """The k likeliest experts of each token, likeliest first: (gate float32 [M, k] that sum to 1, expert int32 [M,
+    k]).
 
-    softmax over all experts, renormalised over the chosen: the same as softmax over the chosen ones' logits. Equal logits:
-    the lower expert. Differentiable in the gates.
+    softmax over all experts, renormalised over the chosen: the same as softmax over the chosen ones' logits. Equal
+    logits: the lower expert. Differentiable in the gates.
     """
     assert 1 <= k <= logits_ME.shape[-1], f"{k} of {logits_ME.shape[-1]} experts"
     logits_ME = logits_ME.astype(mx.float32)
@@ -25,7 +26,8 @@ def route(logits_ME: mx.array, k: int) -> tuple[mx.array, mx.array]:
 def grouped_matmul(x_SD: mx.array, w_EFD: mx.array | Sequence[Quantized], sizes: list[int]) -> mx.array:
     """y_SF: the first sizes[0] rows of x times w[0]^T, the next sizes[1] rows times w[1]^T, and so on; sizes may be 0.
 
-    Differentiable in x and a dense w. NF4 experts are frozen, made dense one at a time, and again in the backward pass.
+    Differentiable in x and a dense w. NF4 experts are frozen, made dense one at a time, and again in the backward
+    pass.
     """
     assert sum(sizes) == x_SD.shape[0], f"sizes {sizes} do not sum to the {x_SD.shape[0]} rows"
     assert len(sizes) == len(w_EFD), f"{len(sizes)} sizes for {len(w_EFD)} experts"

@@ -1,11 +1,13 @@
-"""NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314), bit for bit as bitsandbytes stores it, except that
-the 8-bit scale codes are exactly nearest (its CPU path misses the nearest in about 0.2 % of the blocks).
+"""NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314), bit for bit as bitsandbytes stores it, except
+that the 8-bit scale codes are exactly nearest (its CPU path misses the nearest in about 0.2 % of the blocks).
 
-A matrix is flattened and cut into blocks of 64. A block keeps its largest magnitude and 64 codes of 4 bits, two in a byte, the
-first in the high nibble; the last block may be short. The maxima, less their mean, are themselves stored in 8 bits, in
-blocks of 256, on a signed scale whose steps grow with the magnitude (Dettmers et al. 2021, arXiv 2110.02861).
+A matrix is flattened and cut into blocks of 64. A block keeps its largest magnitude and 64 codes of 4 bits, two in a
+byte, the first in the high nibble; the last block may be short. The maxima, less their mean, are themselves stored in
+8 bits, in blocks of 256, on a signed scale whose steps grow with the magnitude (Dettmers et al. 2021, arXiv
+2110.02861).
 
-Shapes: n values, C = ceil(n / 2) bytes of codes, P = ceil(n / 64) blocks, Q = ceil(P / 256) blocks of scales; O out, I in.
+Shapes: n values, C = ceil(n / 2) bytes of codes, P = ceil(n / 64) blocks, Q = ceil(P / 256) blocks of scales; O out, I
+in.
 """
 
 import functools
