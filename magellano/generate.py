@@ -55,7 +55,8 @@ def generate(
     logits_V, state = _read([end_of_text, *prompt], model)
     for made in range(1, max_tokens + 1):
         key, now = mx.random.split(key)
-        token = int(choose(logits_V, sampling, now).item())
+        token = choose(logits_V, sampling, now).item()
+        assert isinstance(token, int)
         if token == end_of_text:
             return
         yield token

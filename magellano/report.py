@@ -106,20 +106,82 @@ def evaluation_markdown(evaluation: dict[str, Any]) -> str:
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def stages(summaries: Sequence[dict[str, Any]]) -> Table:
-    """One row per stage of a run: {stage, state, seconds, summary}. What a stage does not measure stays empty."""
+def stages(run: dict[str, Any]) -> Table:
+    """One row per stage of a run (see `show_run`); what a stage does not measure stays empty."""
     rows = []
-    for s in summaries:
-        facts = s.get("summary", {})
-        speed, peak = facts.get("tokens_per_s"), facts.get("peak_gib")
+    for stage in run["stages"]:
+        summary = stage["summary"]
+        speed, peak = summary.get("tokens_per_s"), summary.get("peak_gib")
         rows.append((
-            s["stage"],
-            s["state"],
-            duration(s["seconds"]) if s.get("seconds") is not None else "",
+            stage["stage"],
+            "reused" if stage["reused"] else "built",
+            duration(stage["seconds"]),
             f"{speed:,.0f}" if speed is not None else "",
             f"{peak:.2f} GiB" if peak is not None else "",
         ))  # fmt: skip
-    return Table("Stages", ("stage", "state", "time", "tokens/s", "peak memory"), tuple(rows))
+    return Table("Stages", ("stage", "", "time", "tokens/s", "peak memory"), tuple(rows))
+
+
+def accounting(run: dict[str, Any]) -> Table | None:
+    """Rows and tokens of the tokenize stages: what was read, used, rejected and dropped. None without such a stage."""
+    rows = [
+        (name.replace("_", " "), number(value))
+        for stage in run["stages"]
+        if stage["stage"] == "tokenize"
+        for name, value in stage["summary"].items()
+        if isinstance(value, int | float | str)
+    ]
+    return Table("Data", ("", ""), tuple(rows)) if rows else None
+
+
+def run_places(run: dict[str, Any]) -> Table:
+    """Where a run's results lie: release, evaluation, picture, and each stage's folder."""
+    paths = {f"{stage['stage']} artifact": stage["path"] for stage in run["stages"]}
+    evaluation = _evaluation_folder(run)
+    if evaluation is not None:
+        paths = {"evaluation": evaluation / EVALUATION_MD, "loss curve": evaluation / LOSS_PNG, **paths}
+    return places(paths)
+
+
+def show_run(run: dict[str, Any], console: "Console") -> None:
+    """The end of `magellano train`: stages, samples, base against fine-tuned, and where everything lies.
+
+    `run` is what a flow returns: {"profile": name, "stages": [{"stage", "reused", "seconds", "path", "summary"}, ...]}.
+    """
+    stages(run).show(console)
+    if (evaluation := _evaluation(run)) is not None:
+        show_evaluation(evaluation, console)
+    run_places(run).show(console)
+
+
+def run_markdown(run: dict[str, Any]) -> str:
+    """The same as a page for Prefect's UI."""
+    tables = [stages(run), accounting(run), run_places(run)]
+    parts = [f"# {run['profile']}", *(table.markdown() for table in tables if table)]
+    if (evaluation := _evaluation(run)) is not None:
+        parts.insert(1, evaluation_markdown(evaluation))
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _evaluation_folder(run: dict[str, Any]) -> Path | None:
+    paths = [Path(stage["path"]) for stage in run["stages"] if stage["stage"] == "evaluate"]
+    return paths[0] if paths else None
+
+
+def _evaluation(run: dict[str, Any]) -> dict[str, Any] | None:
+    folder = _evaluation_folder(run)
+    if folder is None:
+        return None
+    evaluation: dict[str, Any] = json.loads((folder / EVALUATION_JSON).read_text(encoding="utf-8"))
+    return evaluation
+
+
+def show_evaluation(evaluation: dict[str, Any], console: "Console") -> None:
+    """Verdict, measures, samples and expert use, for a terminal."""
+    for table in (samples(evaluation), experts(evaluation), measures(evaluation)):
+        if table.rows:
+            table.show(console)
+    console.print(f"[bold]{evaluation['verdict']['text']}[/bold]", highlight=False)
 
 
 def facts(title: str, values: dict[str, Any]) -> Table:
@@ -141,7 +203,7 @@ def places(paths: dict[str, Path | str]) -> Table:
 
 def duration(seconds: float) -> str:
     """Seconds as a reader says them: 0.42 s, 12.3 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -20,18 +20,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import json
 
-    from magellano.progress import terminal
-    from magellano.runs import Release
+    from rich.console import Console
 
     from magellano import report
+    from magellano.artifacts import home
+    from magellano.runs import Release
 
     release = Release.find(args.run)
+    tokens, base = release.tokens, release.base
     from magellano.stages import evaluate
 
-    out = args.out or release.home / "evaluations" / release.folder.name
+    out = args.out or home() / "evaluations" / release.folder.name
     out.mkdir(parents=True, exist_ok=True)
-    with terminal("evaluate") as progress:
-        evaluate.run(out, release.profile, release.folder, release.tokens, release.base, progress)
+    with Console(stderr=True).status("evaluating") as status:
+
+        def progress(done: int, total: int, **facts: float | str) -> None:
+            status.update(f"evaluating the {facts['model']} model: {done} of {total} rows")
+
+        evaluate.run(out, release.profile, release.folder, tokens, base, progress)
     evaluation = json.loads((out / report.EVALUATION_JSON).read_text(encoding="utf-8"))
     return {**evaluation, "release": str(release.folder), "out": str(out)}
 

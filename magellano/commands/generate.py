@@ -29,18 +29,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import time
 
-    from magellano.runs import Release
-
     from magellano.generate import Sampling, generate, text
+    from magellano.runs import Release
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     release = Release.find(args.run)
+    from magellano.loader import load_release
     from magellano.tokenizer import Tokenizer
 
-    from magellano.loader import load_release
-
     model = load_release(release.folder, release.base)
-    tokenizer = Tokenizer(model.config.vocab_size)
+    tokenizer = Tokenizer.load(release.folder)
     made: list[int] = []
     pieces: list[str] = []
     started = time.perf_counter()

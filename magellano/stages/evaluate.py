@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from magellano.data.shards import Shards
-from magellano.progress import Progress
-from magellano.tokenizer import Tokenizer
 
 from magellano import loader, report
 from magellano.backend import mx
 from magellano.evaluate import Example, Scores, Verdict, examples, score
 from magellano.generate import Sampling, generate
 from magellano.model import MagellanoLM
+from magellano.names import Stage
 from magellano.profile import Profile
+from magellano.progress import Progress
+from magellano.runs import input_folder
+from magellano.tokenizer import Tokenizer
 from magellano.trainer import METRICS
 
 
@@ -84,8 +86,8 @@ def _write(out: Path, evaluation: dict[str, Any], release: Path, base: Path) -> 
     text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
     (out / report.EVALUATION_JSON).write_text(text + "\n", encoding="utf-8")
     (out / report.EVALUATION_MD).write_text(report.evaluation_markdown(evaluation), encoding="utf-8")
-    runs = {"pretraining of the base": base / METRICS, "fine-tuning": release / METRICS}
-    curves = {name: report.read_metrics(path) for name, path in runs.items() if path.is_file()}
+    runs = {"pretraining of the base": input_folder(base, Stage.PRETRAIN), "fine-tuning": release}
+    curves = {name: report.read_metrics(folder / METRICS) for name, folder in runs.items() if folder}
     base_scores, tuned_scores = evaluation["base"], evaluation["fine_tuned"]
     report.loss_picture(out / report.LOSS_PNG, curves, base_scores["loss"], tuned_scores["loss"])
     report.experts_picture(out / report.EXPERTS_PNG, base_scores["experts"], tuned_scores["experts"])

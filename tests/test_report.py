@@ -1,0 +1,163 @@
+"""Tables as terminal text and Markdown, and pictures that can be opened."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from magellano import report
+
+
+def scores(loss: float, evenness: float | None = 0.9) -> dict[str, Any]:
+    experts = [{"share": [0.7, 0.3], "evenness": 0.88}, {"share": [0.5, 0.5], "evenness": 1.0}]
+    return {
+        "loss": loss,
+        "perplexity": 2.0**loss,
+        "bits_per_byte": loss / 2,
+        "accuracy": 1 / (1 + loss),
+        "tokens": 1234,
+        "bytes": 5678,
+        "evenness": evenness,
+        "experts": experts if evenness else [],
+    }
+
+
+def evaluation(**changes: Any) -> dict[str, Any]:
+    return {
+        "profile": "demo",
+        "base": scores(4.0),
+        "fine_tuned": scores(3.0),
+        "verdict": {"improved": True, "loss_percent": 25.0, "perplexity_percent": 50.0, "text": "fine-tuned is better"},
+        "samples": [{"prompt": "def f(x) [bold]", "truth": "a | b", "base": "c\nd", "fine_tuned": "x" * 300}],
+        **changes,
+    }
+
+
+def run(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / report.EVALUATION_JSON).write_text(json.dumps(evaluation()), encoding="utf-8")
+    train = {"tokens_per_s": 1234.5, "peak_gib": 1.25, "steps": 20}
+    return {
+        "profile": "demo",
+        "stages": [
+            {"stage": "tokenize", "reused": True, "seconds": 0.1, "path": "/t", "summary": {"rows_read": 1500}},
+            {"stage": "train", "reused": False, "seconds": 75.0, "path": "/r", "summary": train},
+            {"stage": "evaluate", "reused": False, "seconds": 3.0, "path": str(tmp_path), "summary": {}},
+        ],
+    }
+
+
+def terminal(show: Any, *args: Any, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show(*args, console)
+    return console.export_text()
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_measures_compare_base_and_fine_tuned():
+    table = report.measures(evaluation())
+    assert ("loss (nats/token)", "4.0000", "3.0000", "-25.0 %") in table.rows
+    assert ("perplexity", "16.00", "8.00", "-50.0 %") in table.rows
+    assert ("bits per byte", "2.0000", "1.5000", "-25.0 %") in table.rows
+    assert ("token accuracy", "20.00%", "25.00%", "+25.0 %") in table.rows
+    assert "1,234" in table.title
+
+
+def test_a_measure_that_there_is_not_has_no_row():
+    table = report.measures(evaluation(base=scores(4.0, None), fine_tuned=scores(3.0, None)))
+    assert [row[0] for row in table.rows] == ["loss (nats/token)", "perplexity", "bits per byte", "token accuracy"]
+
+
+def test_markdown_has_one_line_a_row_whatever_the_text_holds():
+    lines = report.samples(evaluation()).markdown().splitlines()
+    assert lines[2:4] == ["| prompt | true completion | base | fine-tuned |", "| :-- | :-- | :-- | :-- |"]
+    assert len(lines) == 5
+    assert "a \\| b" in lines[4]
+    assert "c d" in lines[4]
+
+
+def test_terminal_shows_text_as_it_is_and_long_text_cut():
+    text = terminal(lambda console: report.samples(evaluation()).show(console))
+    assert "[bold]" in text
+    assert "…" in text
+
+
+def test_evaluation_page_has_verdict_tables_and_pictures():
+    page = report.evaluation_markdown(evaluation())
+    assert "**fine-tuned is better**" in page
+    assert all(part in page for part in ("Held-out split", "Samples", "experts", report.LOSS_PNG, report.EXPERTS_PNG))
+
+
+def test_the_end_of_a_run_in_a_terminal(tmp_path: Path):
+    text = terminal(report.show_run, run(tmp_path))
+    for part in ("1 min 15 s", "1,234", "1.25 GiB", "reused", "built", "3.0000", "fine-tuned is better", str(tmp_path)):
+        assert part in text
+
+
+def test_the_end_of_a_run_as_markdown(tmp_path: Path):
+    page = report.run_markdown(run(tmp_path))
+    for part in ("# demo", "1 min 15 s", "| rows read | 1,500 |", "**fine-tuned is better**", str(tmp_path)):
+        assert part in page
+
+
+def test_a_run_that_was_not_evaluated_still_has_its_table(tmp_path: Path):
+    short = run(tmp_path)
+    short["stages"] = short["stages"][:2]
+    assert "1 min 15 s" in terminal(report.show_run, short)
+    assert "1 min 15 s" in report.run_markdown(short)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.416, "0.42 s"),
+        (12.34, "12.3 s"),
+        (59.96, "1 min 00 s"),
+        (65.2, "1 min 05 s"),
+        (3600, "1 h 00 min"),
+        (7800, "2 h 10 min"),
+    ],
+)
+def test_durations(seconds: float, text: str):
+    assert report.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")]
+)
+def test_sizes(count: float, text: str):
+    assert report.size(count) == text
+
+
+METRICS = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}, {"step": 2, "held_out_loss": 3.5}]
+
+
+def test_loss_picture_is_a_png_and_the_same_each_time(tmp_path: Path):
+    for name in ("a.png", "b.png"):
+        report.loss_picture(tmp_path / name, {"pretraining": METRICS, "fine-tuning": METRICS}, 4.0, 3.0)
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_loss_picture_shows_the_curve(tmp_path: Path):
+    """Another curve must give another picture."""
+    report.loss_picture(tmp_path / "a.png", {"fine-tuning": METRICS}, 4.0, 3.0)
+    report.loss_picture(tmp_path / "b.png", {"fine-tuning": [*METRICS, {"step": 3, "loss": 1.0}]}, 4.0, 3.0)
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_experts_picture_with_and_without_moe_layers(tmp_path: Path):
+    uses = scores(3.0)["experts"]
+    report.experts_picture(tmp_path / "with.png", uses, uses)
+    report.experts_picture(tmp_path / "without.png", [], [])
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("with.png", "without.png"))
+
+
+def test_metrics_cut_off_by_a_kill_are_read_up_to_there(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo', encoding="utf-8")
+    assert report.read_metrics(path) == [{"step": 1, "loss": 4.0}]
