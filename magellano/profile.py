@@ -19,6 +19,7 @@ PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Target = Annotated[LoraTarget, Field(strict=False)]  # TOML and JSON give strings
 
 
 class Section(BaseModel):
@@ -103,8 +104,8 @@ class LoraConfig(Section):
 
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    targets: tuple[LoraTarget, ...] = Field(default=tuple(LoraTarget), strict=False)
-    ranks: dict[LoraTarget, Positive] = Field(default_factory=dict, strict=False)  # where a target's rank differs
+    targets: tuple[Target, ...] = Field(default=tuple(LoraTarget), strict=False)
+    ranks: dict[Target, Positive] = Field(default_factory=dict, strict=False)  # where a target's rank differs
     seed: Annotated[int, Field(ge=0)] = 0
 
     def rank_of(self, target: LoraTarget) -> int:
@@ -115,7 +116,7 @@ class LoraConfig(Section):
         if not self.targets:
             raise ValueError("targets is empty: nothing would train")
         if extra := set(self.ranks) - set(self.targets):
-            raise ValueError(f"ranks names {sorted(extra)}, not among targets; add them there or drop them here")
+            raise ValueError(f"ranks names {sorted(map(str, extra))}, not among targets; add them there or drop them here")
         return self
 
 
