@@ -1,0 +1,5 @@
+"""Wiring only: which stage follows which. Importing `tasks` first settles Prefect's environment."""
+
+import tasks
+
+__all__ = ["tasks"]

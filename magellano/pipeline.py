@@ -1,0 +1,85 @@
+"""What each stage depends on, once: its version, its part of the profile, and the stages that it builds on.
+
+A stage's version is raised when its output changes for the same settings and inputs: that makes old artifacts stale.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magellano import durable
+from magellano.artifacts import content_digest
+from magellano.errors import InputError
+from magellano.names import BaseSource, Stage
+from magellano.profile import DataConfig, Profile
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`needs`: the stages whose artifacts it reads. The data that a base is pretrained on is tokenised on its own."""
+
+    version: int
+    needs: tuple[Stage, ...] = ()
+
+
+STAGES: dict[Stage, Spec] = {
+    Stage.TOKENIZE: Spec(version=1),
+    Stage.PRETRAIN: Spec(version=1),
+    Stage.QUANTIZE: Spec(version=1, needs=(Stage.PRETRAIN,)),
+    Stage.ATTACH_LORA: Spec(version=1, needs=(Stage.QUANTIZE,)),
+    Stage.TRAIN: Spec(version=1, needs=(Stage.TOKENIZE, Stage.QUANTIZE, Stage.ATTACH_LORA)),
+    Stage.CHECKPOINT: Spec(version=1, needs=(Stage.TOKENIZE, Stage.QUANTIZE, Stage.TRAIN)),
+    Stage.EVALUATE: Spec(version=1, needs=(Stage.TOKENIZE, Stage.QUANTIZE, Stage.CHECKPOINT)),
+}
+
+
+def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> dict[str, Any]:
+    """The settings that `stage`'s output depends on; other changes reuse the artifact. `data`: what is tokenised.
+
+    Where data or a base folder lie is left out: their content's digest is an input.
+    """
+    match stage:
+        case Stage.TOKENIZE:
+            assert data is not None
+            how = data.model_dump(mode="json", exclude={"files", "hub"})
+            return {"data": how, "vocab_size": profile.model.vocab_size}
+        case Stage.PRETRAIN:
+            assert profile.pretrain is not None
+            return {"model": profile.model, "seed": profile.base.seed, "train": profile.pretrain.train}
+        case Stage.QUANTIZE:
+            seeded = profile.base.source is BaseSource.SEEDED
+            return {"model": profile.model, "quantize": profile.quantize, "seed": profile.base.seed if seeded else None}
+        case Stage.ATTACH_LORA:
+            return {"lora": profile.lora}
+        case Stage.TRAIN:
+            return {"train": profile.train}
+        case Stage.CHECKPOINT:
+            return {}
+        case Stage.EVALUATE:
+            return {"evaluate": profile.evaluate}
+
+
+def with_dependents(stages: Iterable[Stage]) -> frozenset[Stage]:
+    """The stages and every stage that builds on one of them, directly or not."""
+    found = set(stages)
+    for stage, spec in STAGES.items():  # in their order, so that one pass reaches all
+        if found.intersection(spec.needs):
+            found.add(stage)
+    return frozenset(found)
+
+
+def base_folder(profile: Profile) -> Path:
+    """The model folder that base.folder names. InputError where it is not there."""
+    folder = Path(profile.base.folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise InputError(f"base.folder {folder}: no model folder (no config.json in it); give the folder of a model")
+    return folder
+
+
+def base_digest(profile: Profile) -> str:
+    """The content of the folder that base.folder names."""
+    folder = base_folder(profile)
+    return content_digest(
+        {p.relative_to(folder).as_posix(): {"sha256": durable.sha256_file(p)} for p in durable.files_of(folder)}
+    )

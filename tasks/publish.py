@@ -1,0 +1,67 @@
+"""What Prefect's UI shows of a finished stage: a table of facts, pages and pictures. Best effort, bounded in time."""
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from magellano.artifacts import ArtifactRef, Store
+from tasks import background
+
+_PICTURE = re.compile(r"!\[([^\]]*)\]\(([\w.-]+\.png)\)")
+
+
+def stage_artifacts(store: Store, ref: ArtifactRef, reused: bool) -> None:
+    """Store the stage's table, its Markdown pages and its pictures with the current task run."""
+    folder, stage = store.path(ref), ref.stage.replace("_", "-")
+    rows = facts_table(store.manifest(ref)["summary"], ref, folder, reused)
+
+    def publish() -> None:
+        create_table_artifact(
+            table=rows, key=f"{stage}-facts", description=f"{stage}: {'reused' if reused else 'built'} {ref.key}"
+        )
+        if text := pages(folder):
+            create_markdown_artifact(
+                markdown=text, key=f"{stage}-report", description=f"{stage}: what it wrote to be read"
+            )
+
+    background.attempt(f"{stage} artifacts", publish)
+
+
+def facts_table(summary: dict[str, Any], ref: ArtifactRef, folder: Path, reused: bool) -> list[dict[str, str]]:
+    """Rows of name and value: the summary's plain values (nested ones by dotted name), then where the artifact lies."""
+    rows = {**_leaves(summary), "state": "reused" if reused else "built", "key": ref.key, "digest": ref.digest}
+    rows |= {"bytes": f"{ref.bytes:,}", "folder": str(folder)}
+    return [{"fact": name, "value": value} for name, value in rows.items()]
+
+
+def pages(folder: Path) -> str:
+    """The folder's Markdown pages with their pictures inside (as data: URIs), then its other pictures."""
+    shown: set[str] = set()
+
+    def inside(match: re.Match[str]) -> str:
+        name = match[2]
+        if not (folder / name).is_file():
+            return match[0]
+        shown.add(name)
+        return _inline(match[1], folder / name)
+
+    parts = [_PICTURE.sub(inside, page.read_text(encoding="utf-8")) for page in sorted(folder.glob("*.md"))]
+    parts += [_inline(path.stem, path) for path in sorted(folder.glob("*.png")) if path.name not in shown]
+    return "\n\n".join(parts)
+
+
+def _inline(title: str, picture: Path) -> str:
+    return f"![{title}](data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()})"
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for name, item in value.items():
+        if isinstance(item, dict):
+            rows |= _leaves(item, f"{prefix}{name}.")
+        elif not isinstance(item, list):  # lists are for the artifact's files
+            rows[prefix + name] = f"{item:,.6g}" if isinstance(item, float) else str(item)
+    return rows

@@ -1,0 +1,65 @@
+"""Settles Prefect's environment before Prefect is imported: quiet, offline, patient. `tasks/__init__.py` calls it.
+
+With PREFECT_API_URL set a run talks to that server. Without, Prefect starts one for the process, on loopback, with its
+database under $MAGELLANO_HOME/prefect.
+"""
+
+import logging
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from magellano import artifacts
+from magellano.errors import DiskFull, InputError, OutOfMemory, Stopped
+
+PREFECT_TOML = Path(__file__).resolve().parent.parent / "prefect.toml"
+EXPECTED = (InputError, DiskFull, OutOfMemory, Stopped)  # failures that are no bug: their one line says it all
+
+
+def environment() -> dict[str, str]:
+    """The variables that a run without its own settings gets."""
+    with PREFECT_TOML.open("rb") as f:
+        found = {f"PREFECT_{key}": value for key, value in _flat(tomllib.load(f))}
+    found["DO_NOT_TRACK"] = "1"
+    if not in_worker():
+        found["PREFECT_LOGGING_LEVEL"] = "WARNING"  # a terminal shows our lines, not Prefect's bookkeeping
+        if not os.environ.get("PREFECT_API_URL"):
+            found["PREFECT_HOME"] = str(artifacts.home() / "prefect")
+    return found
+
+
+def prepare() -> None:
+    """Set what is not set yet, and show failures that are no bug without their traceback."""
+    for name, value in environment().items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("magellano").setLevel(logging.INFO)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_one_line)
+
+
+def in_worker() -> bool:
+    """True in the process that a Prefect worker started for a flow run."""
+    return "PREFECT__FLOW_RUN_ID" in os.environ
+
+
+def results() -> Path:
+    """Where Prefect keeps the stages' results: references, as JSON."""
+    return artifacts.home() / "results"
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}_")
+        else:
+            yield (prefix + key).upper(), str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    """A logging filter that keeps every record, and takes the traceback from those of expected failures."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    if isinstance(error, EXPECTED):
+        record.msg, record.args, record.exc_info = str(error), (), None
+    return True
