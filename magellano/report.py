@@ -114,7 +114,7 @@ def stages(run: dict[str, Any]) -> Table:
         speed, peak = summary.get("tokens_per_s"), summary.get("peak_gib")
         rows.append((
             stage["stage"],
-            "reused" if stage["reused"] else "built",
+            stage["state"],
             duration(stage["seconds"]),
             f"{speed:,.0f}" if speed is not None else "",
             f"{peak:.2f} GiB" if peak is not None else "",
@@ -146,7 +146,7 @@ def run_places(run: dict[str, Any]) -> Table:
 def show_run(run: dict[str, Any], console: "Console") -> None:
     """The end of `magellano train`: stages, samples, base against fine-tuned, and where everything lies.
 
-    `run` is what a flow returns: {"profile": name, "stages": [{"stage", "reused", "seconds", "path", "summary"}, ...]}.
+    `run` is what a flow returns: {"profile": name, "stages": [{"stage", "state", "seconds", "path", "summary"}, ...]}.
     """
     stages(run).show(console)
     if (evaluation := _evaluation(run)) is not None:

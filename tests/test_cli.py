@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from magellano import cli
-from magellano.commands import COMMANDS, benchmark, train
+from magellano.commands import COMMANDS, benchmark, pretrain, train
 from magellano.errors import DiskFull, InputError, OutOfMemory, Stopped
 
 HELP = [sys.executable, "-m", "magellano.cli", "--help"]
@@ -194,6 +194,15 @@ def test_train_hands_profile_overrides_and_reruns_to_the_flow(
         "overrides": {"train.steps": 20},
         "rerun": ["quantize", "train"],
     }
+
+
+def test_pretrain_hands_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        pretrain, "load_flow", lambda name: lambda **given: seen.update(given, flow=name) or {"stages": []}
+    )
+    assert run(capsys, "pretrain", "demo", "--set", "pretrain.train.steps=20", "--rerun", "--json")[0] == 0
+    assert seen == {"flow": "pretrain", "profile": "demo", "overrides": {"pretrain.train.steps": 20}, "rerun": True}
 
 
 def test_without_the_pipeline_extra_the_remedy_is_named(

@@ -41,9 +41,9 @@ def run(tmp_path: Path) -> dict[str, Any]:
     return {
         "profile": "demo",
         "stages": [
-            {"stage": "tokenize", "reused": True, "seconds": 0.1, "path": "/t", "summary": {"rows_read": 1500}},
-            {"stage": "train", "reused": False, "seconds": 75.0, "path": "/r", "summary": train},
-            {"stage": "evaluate", "reused": False, "seconds": 3.0, "path": str(tmp_path), "summary": {}},
+            {"stage": "tokenize", "state": "reused", "seconds": 0.1, "path": "/t", "summary": {"rows_read": 1500}},
+            {"stage": "train", "state": "built", "seconds": 75.0, "path": "/r", "summary": train},
+            {"stage": "evaluate", "state": "built", "seconds": 3.0, "path": str(tmp_path), "summary": {}},
         ],
     }
 

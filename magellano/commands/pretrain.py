@@ -14,11 +14,12 @@ FLOW = "pretrain"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     profile_arguments(parser)
+    parser.add_argument("--rerun", action="store_true", help="train it again although it is there")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     overrides = checked_overrides(args)
-    return load_flow(FLOW)(profile=args.profile, overrides=overrides)
+    return load_flow(FLOW)(profile=args.profile, overrides=overrides, rerun=args.rerun)
 
 
 def show(facts: dict[str, Any], console: "Console") -> None:
