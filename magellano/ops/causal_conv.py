@@ -1,4 +1,4 @@
-"""Causal depthwise convolution + bias + silu, the short filter in front of Mamba's scan (arXiv 2312.00752, section 3.4).
+"""Causal depthwise convolution + bias + silu, the short filter in front of Mamba's scan (arXiv 2312.00752).
 
 Shapes: B batch, T time, I d_inner, K d_conv.
 """
@@ -6,6 +6,8 @@ Shapes: B batch, T time, I d_inner, K d_conv.
 from magellano.backend import mx
 from magellano.ops import launch
 from magellano.ops.launch import Dialect, Kernel
+
+Size3 = tuple[int, int, int]
 
 _INPUTS = ("x", "weight", "bias", "reset", "state")
 _FORWARD = Kernel("causal_conv_forward", _INPUTS, ("y",))
@@ -54,7 +56,7 @@ def reference(
     reset_BT: mx.array | None = None,
     state_BKI: mx.array | None = None,
 ) -> mx.array:
-    """The definition in MLX operations, one shifted product per tap; works in mx.compile and differentiates by itself."""
+    """The definition in MLX operations, one shifted product per tap; works in mx.compile, differentiable by MLX."""
     (B, T, I), K = x_BTI.shape, weight_IK.shape[1]
     before = mx.zeros((B, K - 1, I)) if state_BKI is None else state_BKI.astype(mx.float32)
     padded = mx.concatenate([before, x_BTI.astype(mx.float32)], axis=1)
@@ -121,28 +123,28 @@ def _fast(given: dict[str, mx.array], frozen: bool) -> mx.array:
         grads = _backward({**given, **dict(zip(moving, primals, strict=True))}, dy_BTI, frozen)
         return tuple(grads[name] for name in moving) if len(moving) > 1 else grads[moving[0]]
 
-    return convolve(*[given[name] for name in moving])
+    return convolve(*[given[name] for name in moving])  # type: ignore[return-value]
 
 
-def _launch(given: dict[str, mx.array]) -> tuple[dict[str, int], dict[str, tuple[int, int, int]]]:
-    """The template integers and the grid: threads along the channels, chunks of time, batch rows."""
+def _launch(given: dict[str, mx.array]) -> tuple[dict[str, int], Size3, Size3]:
+    """The template integers, the grid (threads along the channels, chunks of time, batch rows) and the threadgroup."""
     (B, T, I), K = given["x"].shape, given["weight"].shape[1]
     chunks = -(-T // _STEPS)
     template = {"K": K, "STEPS": _STEPS, "HAS_RESET": "reset" in given, "HAS_STATE": "state" in given}
     if launch.gpu_geometry():
-        shape = {"grid": (-(-I // _THREADS) * _THREADS, chunks, B), "threadgroup": (_THREADS, 1, 1)}
-        return {**template, "CPT": 1}, shape
+        return {**template, "CPT": 1}, (-(-I // _THREADS) * _THREADS, chunks, B), (_THREADS, 1, 1)
     channels = max(c for c in (64, 32, 16, 8, 4, 2, 1) if I % c == 0)
-    return {**template, "CPT": channels}, {"grid": (I // channels, chunks, B), "threadgroup": (1, 1, 1)}
+    return {**template, "CPT": channels}, (I // channels, chunks, B), (1, 1, 1)
 
 
 def _forward(given: dict[str, mx.array]) -> mx.array:
-    template, shape = _launch(given)
+    template, grid, threadgroup = _launch(given)
     x = given["x"]
     return _FORWARD(
         [given.get(name, mx.zeros(_NOTHING)) for name in _INPUTS],
         template={**template, "TX": x.dtype},
-        **shape,
+        grid=grid,
+        threadgroup=threadgroup,
         output_shapes=[x.shape],
         output_dtypes=[x.dtype],
     )[0]
@@ -150,15 +152,16 @@ def _forward(given: dict[str, mx.array]) -> mx.array:
 
 def _backward(given: dict[str, mx.array], dy_BTI: mx.array, frozen: bool) -> dict[str, mx.array]:
     """The gradient of every input under its name."""
-    template, shape = _launch(given)
+    template, grid, threadgroup = _launch(given)
     x, weight, bias, state = given["x"], given["weight"], given["bias"], given.get("state")
     I, K = weight.shape
-    parts = shape["grid"][1] * x.shape[0]
+    parts = grid[1] * x.shape[0]
     state_dtype = mx.float32 if state is None else state.dtype
     dx, dweight, dbias, dstate = _BACKWARD(
         [*[given.get(name, mx.zeros(_NOTHING)) for name in _INPUTS], dy_BTI],
         template={**template, "FROZEN": frozen, "TX": x.dtype, "TS": state_dtype},
-        **shape,
+        grid=grid,
+        threadgroup=threadgroup,
         output_shapes=[
             x.shape,
             _NOTHING if frozen else (parts, I, K),

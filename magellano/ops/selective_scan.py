@@ -103,9 +103,8 @@ def _check(given: dict[str, mx.array]) -> None:
     }  # fmt: skip
     for name, array in given.items():
         if array.shape != expected[name]:
-            raise ValueError(
-                f"selective_scan: {name} has shape {array.shape}, expected {expected[name]}: x is {x.shape}, A {A.shape}"
-            )
+            sizes = f"with x {x.shape} and A {A.shape}"
+            raise ValueError(f"selective_scan: {name} has shape {array.shape}, expected {expected[name]} {sizes}")
         if name != "reset" and not mx.issubdtype(array.dtype, mx.floating):
             raise ValueError(f"selective_scan: {name} is {array.dtype}, expected a floating dtype")
 
