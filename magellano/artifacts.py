@@ -143,6 +143,8 @@ class Store:
     ) -> ArtifactRef:
         odd = [p for p in temporary.rglob("*") if p.is_symlink() or not (p.is_dir() or p.is_file())]
         assert not odd, f"stage {stage} wrote {odd[0]}, which is neither a file nor a folder"
+        for folder in (p for p in temporary.rglob("*") if p.is_dir()):
+            folder.chmod(0o700)
         manifest = durable.seal(temporary, MANIFEST, {**facts, "summary": _plain(summary)})
         assert manifest["files"], f"stage {stage} wrote no file"
         final, old = self._folder(stage, key), temporary.with_name(temporary.name + _OLD)

@@ -1,4 +1,4 @@
-"""In a plain process the project's loggers print plain lines to standard error; under a worker they feed Prefect's logs."""
+"""In a plain process the project's loggers print plain lines to standard error; under a worker they feed Prefect."""
 
 import logging
 import sys

@@ -1,0 +1,14 @@
+"""Tests keep artifacts, results and Prefect's database in a folder of their own, whatever the environment says."""
+
+import os
+import shutil
+import tempfile
+
+_HOME = tempfile.mkdtemp(prefix="magellano-tests-")
+os.environ["MAGELLANO_HOME"] = _HOME  # before anything imports tasks, which settles Prefect's environment by it
+for _name in [n for n in os.environ if n.startswith("PREFECT_")]:
+    del os.environ[_name]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_HOME, ignore_errors=True)
