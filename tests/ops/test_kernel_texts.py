@@ -1,0 +1,215 @@
+"""What can be checked of the kernel texts without a GPU: clang parses each as a Metal kernel, nvcc compiles each as CUDA,
+and all keep to the common subset of kernels/README.md. The texts are taken as the operations launch them.
+"""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from magellano.backend import mx
+from magellano.ops import launch
+from magellano.ops.causal_conv import causal_conv
+from magellano.ops.host import KERNELS
+from magellano.ops.launch import Dialect, Kernel
+from magellano.ops.selective_scan import selective_scan
+
+STUB = Path(__file__).with_name("metal_stub.h")
+CUDA_STUB = """#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+#include <stdint.h>
+struct Shape { int32_t sizes[8]; __device__ int32_t operator[](int i) const { return sizes[i]; } };
+"""
+METAL_TYPES = {
+    mx.float32: "float",
+    mx.float16: "float16_t",
+    mx.bfloat16: "bfloat16_t",
+    mx.int32: "int",
+    mx.bool_: "bool",
+}
+CUDA_TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.bool_: "bool"}
+UINT3 = ("thread_position_in_grid", "thread_position_in_threadgroup", "threadgroup_position_in_grid",
+         "threads_per_threadgroup", "threadgroups_per_grid")  # fmt: skip
+UINT = ("thread_index_in_threadgroup", "thread_index_in_simdgroup", "simdgroup_index_in_threadgroup")
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Kernel
+    inputs: tuple[mx.Dtype, ...]
+    outputs: tuple[mx.Dtype, ...]
+    template: tuple[tuple[str, mx.Dtype | int | bool], ...]
+
+
+def _name(dtype: mx.Dtype, table: dict[mx.Dtype, str]) -> str:
+    return table.get(dtype, str(dtype).removeprefix("mlx.core.") + "_t")
+
+
+def metal_source(call: Launch) -> str:
+    """As MLX writes a custom Metal kernel, with templates as constants and attributes left out."""
+    body, lines = call.kernel.body, [launch.Kernel.gpu_header(call.kernel, Dialect.METAL)]
+    for name, value in call.template:
+        is_type = isinstance(value, mx.Dtype)
+        lines.append(
+            f"typedef {_name(value, METAL_TYPES)} {name};" if is_type else f"enum : int {{ {name} = {int(value)} }};"
+        )
+    parameters = []
+    for name, dtype in zip(call.kernel.inputs, call.inputs, strict=True):
+        parameters.append(f"const device {_name(dtype, METAL_TYPES)}* {name}")
+        if f"{name}_shape" in body:
+            parameters.append(f"const constant int* {name}_shape")
+    parameters += [
+        f"device {_name(d, METAL_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)
+    ]
+    parameters += [f"uint3 {a}" for a in UINT3 if a in body] + [f"uint {a}" for a in UINT if a in body]
+    return "\n".join([*lines, f"__kernel void checked({', '.join(parameters)}) {{", body, "}\n"])
+
+
+def cuda_source(call: Launch) -> str:
+    """As MLX writes a custom CUDA kernel, with a stand-in for its headers."""
+    body, parameters = call.kernel.body, []
+    for name, dtype in zip(call.kernel.inputs, call.inputs, strict=True):
+        parameters.append(f"const {_name(dtype, CUDA_TYPES)}* {name}")
+        if f"{name}_shape" in body:
+            parameters.append(f"const __grid_constant__ Shape {name}_shape")
+    parameters += [f"{_name(d, CUDA_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)]
+    constants = [
+        f"using {n} = {_name(v, CUDA_TYPES)};" if isinstance(v, mx.Dtype) else f"constexpr int {n} = {int(v)};"
+        for n, v in call.template
+    ]
+    header = CUDA_STUB + launch.Kernel.gpu_header(call.kernel, Dialect.CUDA)
+    signature = f"__global__ void checked({', '.join(parameters)}) {{"
+    return "\n".join([header, "namespace mlx::core::cu {", signature, *constants, body, "}", "}\n"])
+
+
+@pytest.fixture(scope="module")
+def launches() -> Iterator[list[Launch]]:
+    """Every distinct launch that the operations make with the GPU's geometry, forward and backward."""
+    if Dialect.HOST not in launch.available():
+        pytest.skip("the host dialect, which shows the launches, cannot run here")
+    seen: dict[Launch, None] = {}
+    original = Kernel._run_on_host
+
+    def record(kernel: Kernel, inputs, template, grid, threadgroup, shapes, dtypes):  # type: ignore[no-untyped-def]
+        call = Launch(kernel, tuple(a.dtype for a in inputs), tuple(dtypes), tuple(sorted(template.items())))
+        seen[call] = None
+        return original(kernel, inputs, template, grid, threadgroup, shapes, dtypes)
+
+    with pytest.MonkeyPatch.context() as patch, launch.on_fibers():
+        patch.setattr(Kernel, "_run_on_host", record)
+        for dtype in (mx.float32, mx.bfloat16):
+            _use_operations(dtype)
+        yield list(seen)
+
+
+def _use_operations(dtype: mx.Dtype) -> None:
+    def ones(*shape: int) -> mx.array:
+        return mx.ones(shape, dtype)
+
+    def scan(x: mx.array, parameter: mx.array) -> mx.array:
+        y, state = selective_scan(
+            x, x, -parameter, ones(1, 9, 16), ones(1, 9, 16), parameter[:, 0], x, parameter[:, 0], mx.zeros((1, 9)),
+            mx.ones((1, 8, 16)), return_state=True,
+        )  # fmt: skip
+        return y.astype(mx.float32).sum() + state.sum()
+
+    def convolve(x: mx.array, parameter: mx.array) -> mx.array:
+        y = causal_conv(x, parameter[:, :4], parameter[:, 0], mx.zeros((1, 9)), ones(1, 3, 8))
+        assert isinstance(y, mx.array)
+        return y.astype(mx.float32).sum()
+
+    for function in (scan, convolve):
+        mx.eval(mx.grad(function, argnums=(0, 1))(ones(1, 9, 8), mx.ones((8, 16))))
+    mx.eval(selective_scan(ones(1, 1, 8), ones(1, 1, 8), -mx.ones((8, 16)), ones(1, 1, 16), ones(1, 1, 16)))
+
+
+def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
+    names = {call.kernel.name for call in launches}
+    wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
+    assert wanted <= names
+
+
+def test_clang_accepts_the_metal_texts(launches: list[Launch], tmp_path: Path) -> None:
+    clang = shutil.which("clang")
+    if clang is None:
+        pytest.skip("no clang here")
+    for number, call in enumerate(launches):
+        path = tmp_path / f"{call.kernel.name}-{number}.cl"
+        path.write_text(f'#include "{STUB}"\n{metal_source(call)}')
+        command = [
+            clang,
+            "-x",
+            "cl",
+            "-cl-std=clc++",
+            "-fsyntax-only",
+            "-Wall",
+            "-Wno-unused",
+            "-Wno-unknown-pragmas",
+            str(path),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{call.kernel.name} {call.template}\n{done.stderr}"
+
+
+def test_clang_would_refuse_a_wrong_text(launches: list[Launch], tmp_path: Path) -> None:
+    clang = shutil.which("clang")
+    if clang is None:
+        pytest.skip("no clang here")
+    good = metal_source(next(call for call in launches if call.kernel.name == "selective_scan_forward"))
+    for change in (
+        ("threadgroup int fresh[TC];", "if (HAS_Z) { threadgroup int fresh[TC]; }"),
+        ("k_softplus(raw)", "softplus(raw)"),
+    ):
+        assert change[0] in good
+        path = tmp_path / "wrong.cl"
+        path.write_text(f'#include "{STUB}"\n{good.replace(*change)}')
+        done = subprocess.run([clang, "-x", "cl", "-cl-std=clc++", "-fsyntax-only", str(path)], capture_output=True)
+        assert done.returncode != 0, change
+
+
+def test_nvcc_compiles_the_cuda_texts(launches: list[Launch], tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc here")
+    running = []
+    for number, call in enumerate(launches):
+        path = tmp_path / f"{call.kernel.name}-{number}.cu"
+        path.write_text(cuda_source(call))
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-arch=sm_90",
+            "-cubin",
+            "-Xptxas",
+            "-v",
+            str(path),
+            "-o",
+            str(path.with_suffix(".cubin")),
+        ]
+        running.append((call, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
+    for call, process in running:
+        said = process.communicate()[0]
+        assert process.returncode == 0, f"{call.kernel.name} {call.template}\n{said}"
+        spilled = re.search(r"(\d+) bytes spill stores", said)
+        assert spilled, said
+        assert int(spilled[1]) == 0, f"{call.kernel.name} {call.template} spills registers\n{said}"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.metal")), ids=lambda p: p.stem)
+def test_texts_keep_to_the_common_subset(path: Path) -> None:
+    text = re.sub(r"//.*", "", path.read_text())
+    for word in (
+        r"\bdevice\b",
+        r"\bconstant\b",
+        r"\bthread\b",
+        r"\batomic",
+        r"\bdouble\b",
+        r"#\s*include",
+        r"\bmetal::",
+        r"__",
+    ):
+        assert not re.search(word, text), f"{path.name}: {word} is outside the common subset"
