@@ -11,39 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from magellano.progress import Progress
 
 from magellano.backend import mx
+from magellano.data.shards import Batch, Shards
 from magellano.errors import InputError
-
-
-class Batch(Protocol):
-    """Rows of a split: int32 [B, T] tokens and targets, float32 weights (1 where a target counts), uint8 reset."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    reset: np.ndarray
-
-
-class Split(Protocol):
-    """What evaluation needs of `data.shards.Shards`."""
-
-    @property
-    def rows(self) -> int: ...
-
-    def batch(self, indices: np.ndarray) -> Batch: ...
-
-
-class Scorer(Protocol):
-    """What evaluation needs of a model: MagellanoLM has it."""
-
-    def scores(self, tokens_BT: mx.array, targets_BT: mx.array, reset_BT: mx.array) -> tuple[mx.array, mx.array]: ...
-
-    def expert_counts(self, tokens_BT: mx.array, reset_BT: mx.array) -> list[list[int]]: ...
+from magellano.model import MagellanoLM
+from magellano.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -84,7 +60,9 @@ class Scores:
         return {**asdict(self), "evenness": self.evenness}
 
 
-def score(model: Scorer, split: Split, bytes_of: np.ndarray, batch: int, max_tokens: int, progress: Progress) -> Scores:
+def score(
+    model: MagellanoLM, split: Shards, bytes_of: np.ndarray, batch: int, max_tokens: int, progress: Progress
+) -> Scores:
     """Measure `model` on the split's rows in order, up to the row that reaches `max_tokens` counted targets (0: all).
 
     `bytes_of` [V] holds the bytes that each token spells (end-of-text: 0). Raises InputError where no target counts and
@@ -122,7 +100,7 @@ def score(model: Scorer, split: Split, bytes_of: np.ndarray, batch: int, max_tok
     )
 
 
-def _expert_counts(model: Scorer, rows: Batch) -> list[list[int]]:
+def _expert_counts(model: MagellanoLM, rows: Batch) -> list[list[int]]:
     """Counts without padding, which would all go to the same experts: the documents as one row, borders kept."""
     kept = [_used(weights) for weights in rows.weights]
     tokens_L = np.concatenate([row[:n] for row, n in zip(rows.tokens, kept, strict=True)])
@@ -180,7 +158,7 @@ class Example:
     completion: tuple[int, ...]
 
 
-def examples(split: Split, end_of_text: int, count: int, text_prompt: int = 24) -> list[Example]:
+def examples(split: Shards, end_of_text: int, count: int, text_prompt: int = 24) -> list[Example]:
     """Up to `count` held-out documents, spread evenly over the split.
 
     A document whose every target counts (plain text) is cut after `text_prompt` tokens, or in its middle if shorter.

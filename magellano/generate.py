@@ -7,20 +7,13 @@ Shapes: V vocabulary, T time.
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from magellano.backend import mx
 from magellano.errors import InputError
+from magellano.mamba import MambaState
+from magellano.model import MagellanoLM
 
 PROMPT_CHUNK = 256  # tokens of a prompt whose activations exist at once
-
-
-class Recurrent(Protocol):
-    """What generation needs of a model: MagellanoLM has it."""
-
-    def initial_state(self, batch: int) -> Any: ...
-
-    def step(self, tokens_BT: mx.array, state: Any) -> tuple[mx.array, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Sampling:
 
 
 def generate(
-    model: Recurrent, prompt: Sequence[int], end_of_text: int, max_tokens: int, sampling: Sampling | None = None
+    model: MagellanoLM, prompt: Sequence[int], end_of_text: int, max_tokens: int, sampling: Sampling | None = None
 ) -> Iterator[int]:
     """Tokens that continue `prompt`, one by one as they are made, up to `max_tokens` or end-of-text (not yielded).
 
@@ -65,7 +58,7 @@ def generate(
             logits_V = logits_BTV[0, -1]
 
 
-def _read(tokens: list[int], model: Recurrent) -> tuple[mx.array, Any]:
+def _read(tokens: list[int], model: MagellanoLM) -> tuple[mx.array, list[MambaState | None]]:
     """Logits [V] after `tokens` and the state there. Only the last chunk's logits are ever evaluated."""
     state = model.initial_state(1)
     for start in range(0, len(tokens), PROMPT_CHUNK):
