@@ -1,4 +1,4 @@
 """Data: files -> checked rows -> documents -> packed rows of tokens -> shards. One module per step, in that order:
 
-readers (and builtin), schema, formats, splitting, packing, shards. `accounting` counts what goes in and comes out.
+sources (and builtin), readers (and hub), schema, formats, splitting, packing, shards. `accounting` keeps the books.
 """

@@ -19,19 +19,17 @@ from magellano.errors import InputError
 
 # Sources of 3.11 to 3.13 with many documented functions for their size (parsing takes most of the time).
 _MODULES = """
-_collections_abc _pydecimal abc argparse ast asyncio/base_events asyncio/events asyncio/locks asyncio/protocols
-asyncio/queues asyncio/streams asyncio/tasks asyncio/transports base64 bdb bz2 calendar cmd code codecs
-collections/__init__ concurrent/futures/_base configparser contextlib copy csv difflib dis email/_policybase
-email/message email/parser email/policy enum fileinput fractions ftplib functools gettext glob gzip hashlib heapq hmac
-html/parser http/client http/cookiejar http/cookies http/server imaplib importlib/_bootstrap
-importlib/_bootstrap_external importlib/abc importlib/metadata/__init__ inspect ipaddress json/__init__ json/decoder
-json/encoder linecache locale logging/__init__ logging/handlers lzma mailbox mimetypes multiprocessing/context
-multiprocessing/managers multiprocessing/pool netrc numbers operator os pdb pickle pickletools pkgutil platform plistlib
-poplib pprint pstats queue random reprlib sched secrets selectors shelve shlex shutil site smtplib socket socketserver
-ssl stat statistics string symtable tarfile tempfile textwrap threading timeit tokenize trace traceback turtle types
-typing unittest/case unittest/loader unittest/mock unittest/result unittest/suite urllib/parse urllib/request uuid
-warnings weakref wsgiref/handlers wsgiref/headers wsgiref/util xml/dom/minidom xml/etree/ElementTree xml/sax/handler
-xml/sax/saxutils xml/sax/xmlreader xmlrpc/client xmlrpc/server zipimport
+_pydecimal asyncio/base_events asyncio/events asyncio/locks asyncio/protocols asyncio/queues asyncio/streams
+asyncio/tasks asyncio/transports base64 bdb bz2 calendar cmd code codecs collections/__init__ concurrent/futures/_base
+configparser contextlib difflib dis email/_policybase email/message email/parser enum fileinput fractions ftplib
+functools gzip heapq hmac http/client http/cookiejar http/cookies http/server imaplib importlib/_bootstrap
+importlib/_bootstrap_external importlib/abc importlib/metadata/__init__ inspect ipaddress json/__init__ json/encoder
+linecache logging/__init__ logging/handlers lzma mailbox mimetypes multiprocessing/context multiprocessing/managers
+multiprocessing/pool numbers operator pickletools platform poplib queue random sched secrets selectors shlex shutil
+site smtplib socket socketserver ssl stat statistics symtable tarfile tempfile textwrap threading timeit trace
+traceback turtle typing unittest/case unittest/loader unittest/result urllib/parse uuid warnings weakref
+wsgiref/handlers wsgiref/headers wsgiref/util xml/etree/ElementTree xml/sax/handler xml/sax/saxutils xml/sax/xmlreader
+xmlrpc/server
 """
 FEWEST_PAIRS = 2000  # fewer: the library's sources are not there
 _UNDERLINED = re.compile(r"^(?P<title>\S.*)\n(?P<line>[*=~\-^\"])(?P=line){2,}$", re.MULTILINE)

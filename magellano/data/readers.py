@@ -9,52 +9,19 @@ and are, in JSON Lines, line numbers.
 import glob
 import hashlib
 import json
-import logging
-import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
-from magellano.data import builtin
+from magellano.data import hub
 from magellano.data.formats import COLUMNS
+from magellano.data.sources import Kind, Source, opened
 from magellano.errors import InputError
 from magellano.names import DataFormat
 from magellano.profile import DataConfig
 
-log = logging.getLogger(__name__)
-
 CHUNK_ROWS = 1000
-_BUILTIN = "builtin:"
-
-
-class Kind(StrEnum):
-    """How a file is read."""
-
-    LINES = "lines"  # JSON Lines
-    JSON = "json"  # one array of rows, or JSON Lines
-    PARQUET = "parquet"
-    CSV = "csv"
-    TEXT = "text"
-
-
-SUFFIXES = {
-    ".jsonl": Kind.LINES, ".ndjson": Kind.LINES, ".json": Kind.JSON, ".parquet": Kind.PARQUET, ".csv": Kind.CSV,
-    ".tsv": Kind.CSV, ".txt": Kind.TEXT,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file to read. `label` is for messages and `name` for the digest: relative to what the profile named."""
-
-    path: Path
-    label: str
-    name: str
-    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -71,7 +38,7 @@ def digest(config: DataConfig) -> str:
     """SHA-256 of what the config reads: names and contents, or the hub's revision. Raises InputError as `read` does."""
     total = hashlib.sha256()
     if config.hub:
-        total.update(f"hub\0{config.hub}\0{config.split}\0{_hub_revision(config.hub)}".encode())
+        total.update(f"hub\0{config.hub}\0{config.split}\0{hub.revision(config.hub)}".encode())
         return total.hexdigest()
     with opened(config) as sources:
         for source in sources:
@@ -102,7 +69,7 @@ def read(config: DataConfig) -> Iterator[Chunk]:
 
 def _all(config: DataConfig) -> Iterator[Chunk]:
     if config.hub:
-        yield from _checked(_hub_rows(config), f"hub:{config.hub}/{config.split}", config.format)
+        yield from _checked(hub.rows(config), f"hub:{config.hub}/{config.split}", config.format)
         return
     with opened(config) as sources, tempfile.TemporaryDirectory(prefix="magellano-") as cache:
         for source in sources:
@@ -138,72 +105,6 @@ def _check_columns(rows: list[dict[str, Any]], file: str, format: DataFormat, wa
         )
 
 
-# --- which files ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def opened(config: DataConfig) -> Iterator[list[Source]]:
-    """The files that the config names, in reading order, each once; built-in sets exist for as long as this lasts."""
-    with tempfile.TemporaryDirectory(prefix="magellano-") as folder:
-        found: dict[Path, Source] = {}
-        for item in config.files:
-            for source in _builtin(item, Path(folder)) if item.startswith(_BUILTIN) else _expand(item):
-                found.setdefault(source.path.resolve(), source)
-        yield list(found.values())
-
-
-def _builtin(item: str, folder: Path) -> list[Source]:
-    path = builtin.write(item.removeprefix(_BUILTIN), folder)
-    return [Source(path, item, item, _kind(path))]
-
-
-def _expand(item: str) -> list[Source]:
-    path = Path(item).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        return [Source(path, str(path), path.name, _kind(path))]
-    if glob.has_magic(item):
-        matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not matches:
-            raise InputError(f"{item}: matches no file; correct the pattern in data.files")
-        root = Path(os.path.commonpath([match.parent for match in matches]))
-        return [Source(match, str(match), match.relative_to(root).as_posix(), _kind(match)) for match in matches]
-    if path.exists():
-        raise InputError(f"{item}: neither a file nor a folder; give one of these in data.files")
-    raise InputError(f"{item}: no such file or folder; correct the path in data.files")
-
-
-def _folder(folder: Path) -> list[Source]:
-    """All files of known suffixes under a folder, without hidden ones; what else lies there is named in the log."""
-    sources, others = [], []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            path = Path(parent, name)
-            if name.startswith(".") or not path.is_file():
-                continue
-            if path.suffix.lower() in SUFFIXES:
-                sources.append(Source(path, str(path), path.relative_to(folder).as_posix(), _kind(path)))
-            else:
-                others.append(path.relative_to(folder).as_posix())
-    if not sources:
-        raise InputError(f"{folder}: no file with a known suffix in this folder ({', '.join(SUFFIXES)})")
-    if others:
-        log.warning("%s: left out %d files of other suffixes: %s", folder, len(others), ", ".join(sorted(others)[:5]))
-    return sorted(sources, key=lambda source: source.name)
-
-
-def _kind(path: Path) -> Kind:
-    try:
-        return SUFFIXES[path.suffix.lower()]
-    except KeyError:
-        raise InputError(f"{path}: unknown suffix {path.suffix!r}; known are {', '.join(SUFFIXES)}") from None
-
-
-# --- rows of one file ----------------------------------------------------------------------------------------------
-
-
 def _file_rows(source: Source, cache: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         if source.path.stat().st_size == 0 and source.kind in (Kind.LINES, Kind.JSON, Kind.CSV):
@@ -231,7 +132,7 @@ def _stream(source: Source, cache: str, builder: str, **options: Any) -> Iterato
     """The rows of one file by one of `datasets`' builders."""
     import pyarrow  # type: ignore[import-untyped]
 
-    with _network(allowed=False) as datasets:
+    with hub.network(allowed=False) as datasets:
         try:
             # Its own globbing would take the brackets of a file's name for a pattern.
             files = [glob.escape(str(source.path.resolve()))]
@@ -288,7 +189,7 @@ def _csv(source: Source, cache: str) -> Iterator[tuple[int, dict[str, Any]]]:
     options = {"sep": "\t" if source.path.suffix.lower() == ".tsv" else ",", "encoding": "utf-8-sig"}
     try:
         columns = pd.read_csv(source.path, nrows=0, **options).columns  # type: ignore[call-overload]
-        with _network(allowed=False) as datasets:
+        with hub.network(allowed=False) as datasets:
             features = datasets.Features({name: datasets.Value("string") for name in columns})
         yield from enumerate(_stream(source, cache, "csv", features=features, keep_default_na=False, **options), 1)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as e:
@@ -312,66 +213,3 @@ def _invalid_utf8(source: Source) -> str:
                 )
             offset += len(line)
     return f"{source.label}: a text in it is not valid UTF-8; write the file again as UTF-8"
-
-
-# --- datasets and the network --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _network(allowed: bool) -> Iterator[Any]:
-    """The `datasets` package with the hub allowed or not: importing it and loading local files must ask no host."""
-    before = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
-    if not allowed:
-        os.environ.update(dict.fromkeys(before, "1"))
-    try:
-        import datasets
-        import huggingface_hub.constants
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-    # The two read the environment once, at import: an earlier import may have decided otherwise.
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not allowed
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as errors reaches the user as InputError
-    yield datasets
-
-
-@contextmanager
-def _hub(name: str) -> Iterator[Any]:
-    """`datasets` with the hub allowed, and what can go wrong there as InputError."""
-    if any(
-        os.environ.get(key, "0").lower() in ("1", "true", "yes", "on")
-        for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    ):
-        raise InputError(f"hub data set {name!r}: HF_HUB_OFFLINE forbids the network; unset it or give data.files")
-    with _network(allowed=True) as datasets:
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        try:
-            yield datasets
-        except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as e:
-            if isinstance(e, InputError):
-                raise
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise InputError(
-                f"hub data set {name!r}: cannot be read ({reason}); check name, split and network"
-            ) from None
-
-
-def _hub_revision(name: str) -> str:
-    with _hub(name):
-        from huggingface_hub import HfApi
-
-        log.warning("asking the Hugging Face hub for the data set %s: this uses the network", name)
-        return str(HfApi().dataset_info(name).sha)
-
-
-def _hub_rows(config: DataConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    revision = _hub_revision(config.hub)
-    with _hub(config.hub) as datasets:
-        log.warning("reading %s at %s from the Hugging Face hub: this uses the network", config.hub, revision)
-        yield from enumerate(
-            datasets.load_dataset(config.hub, split=config.split, revision=revision, streaming=True), 1
-        )
