@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from magellano.backend import mx, on_gpu
-from magellano.ops import launch
+from magellano.ops.lazy import settle
 from magellano.ops.nf4 import Quantized
 
 _SLICE_WEIGHTS = 1 << 24  # of w, in one slice of the vocabulary
@@ -50,15 +50,9 @@ class _Head:
             logits_CW = (x_CD @ w_WD.T).astype(mx.float32)
             if u_Cr is not None and self.b_Vr is not None:
                 logits_CW = logits_CW + (u_Cr @ self.b_Vr[first:last].astype(u_Cr.dtype).T).astype(mx.float32)
-            _settle(logits_CW)
+            settle(logits_CW)
             parts.append(logits_CW)
         return parts
-
-
-def _settle(*arrays: mx.array) -> None:
-    """On a CPU: compute now, so that what the arrays were made of is freed. Inside mx.compile nothing can be computed."""
-    if not on_gpu():
-        launch.traced(*arrays)
 
 
 def _statistics(logits_CW: mx.array, local_C: mx.array) -> tuple[mx.array, mx.array]:
@@ -166,7 +160,7 @@ def _loss_and_gradients(
                 sums["b"][first:last] = sums["b"][first:last] + (g_CW.T @ u_Cr.astype(g_CW.dtype)).astype(mx.float32)
             if trains_w:
                 sums["w"][first:last] = sums["w"][first:last] + (g_CW.T @ x_CD).astype(mx.float32)
-            _settle(total, dx_CD, *([] if du_Cr is None else [du_Cr]), *sums.values())
+            settle(total, dx_CD, *([] if du_Cr is None else [du_Cr]), *sums.values())
             parts[n] = done = dx_CD
         rows["x"].append(dx_CD)
         if du_Cr is not None:
@@ -198,5 +192,5 @@ def token_scores(
         as_high_C = mx.stack([(part >= picked_C[:, None]).sum(axis=1) for part in parts]).sum(axis=0)
         nll.append(mx.where(weight_M[at] == 0, 0.0, lse_C - picked_C))
         correct.append((as_high_C == 1) & (weight_M[at] != 0))
-        _settle(nll[-1], correct[-1])
+        settle(nll[-1], correct[-1])
     return mx.stop_gradient(mx.concatenate(nll)), mx.concatenate(correct)

@@ -17,6 +17,14 @@ from typing import Protocol
 import numpy as np
 
 from magellano.backend import mx
+from magellano.ops.launch import Kernel
+from magellano.ops.lazy import plain, settle
+
+_QUANTIZE = Kernel("nf4_quantize", ("w", "borders"), ("codes", "absmax"), exact=True)
+_DEQUANTIZE = Kernel("nf4_dequantize", ("codes", "factor", "values", "size"), ("out",), exact=True)
+_THREADS = 128  # of a threadgroup on a GPU
+_GPU_VALUES = 8  # dequantised by one GPU thread
+_HOST_BLOCKS = 256  # handled by one host thread at a time
 
 BLOCK, SCALE_BLOCK = 64, 256
 _SLICE = 1 << 22  # values quantised at a time: bounds the temporaries
@@ -95,21 +103,44 @@ def _scale_midpoints() -> mx.array:
 
 def quantize_blocks(w_n: mx.array) -> tuple[mx.array, mx.array]:
     """Flat values -> (codes uint8 [C], block maxima float32 [P]). Temporaries are bounded, for tensors of any size."""
-    parts = [_quantize_slice(w_n[i : i + _SLICE].astype(mx.float32)) for i in range(0, w_n.size, _SLICE)]
-    codes_C, absmax_P = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
-    return codes_C[: -(-w_n.size // 2)], absmax_P
+    make = _quantize_reference if plain(w_n) else _quantize_kernel
+    codes, absmax = [], []
+    for i in range(0, w_n.size, _SLICE):
+        codes_C, absmax_P = make(w_n[i : i + _SLICE])
+        mx.eval(codes_C, absmax_P)
+        codes.append(codes_C)
+        absmax.append(absmax_P)
+    return mx.concatenate(codes), mx.concatenate(absmax)
 
 
-def _quantize_slice(w_n: mx.array) -> tuple[mx.array, mx.array]:
-    w_PB = mx.pad(w_n, (0, -w_n.size % BLOCK)).reshape(-1, BLOCK)
+def _grid(threads: int) -> tuple[int, int, int]:
+    return (-(-threads // _THREADS) * _THREADS, 1, 1)
+
+
+def _quantize_kernel(w_n: mx.array) -> tuple[mx.array, mx.array]:
+    blocks = -(-w_n.size // BLOCK)
+    codes_C, absmax_P = _QUANTIZE(
+        [w_n, midpoints()],
+        template={"BLOCKS": 1},
+        grid=_grid(blocks),
+        threadgroup=(_THREADS, 1, 1),
+        host_template={"BLOCKS": _HOST_BLOCKS},
+        host_grid=(-(-blocks // _HOST_BLOCKS), 1, 1),
+        output_shapes=[(-(-w_n.size // 2),), (blocks,)],
+        output_dtypes=[mx.uint8, mx.float32],
+    )
+    return codes_C, absmax_P
+
+
+def _quantize_reference(w_n: mx.array) -> tuple[mx.array, mx.array]:
+    w_PB = mx.pad(w_n.astype(mx.float32), (0, -w_n.size % BLOCK)).reshape(-1, BLOCK)
     absmax_P = mx.abs(w_PB).max(axis=1)
     scaled_PB = w_PB * (1.0 / mx.maximum(absmax_P, _TINY))[:, None]
     code_PB = mx.zeros(w_PB.shape, dtype=mx.uint8)
     for border in midpoints():
         code_PB = code_PB + (scaled_PB > border)
     codes = (code_PB[:, 0::2] * 16 + code_PB[:, 1::2]).astype(mx.uint8).reshape(-1)
-    mx.eval(codes, absmax_P)
-    return codes, absmax_P
+    return codes[: -(-w_n.size // 2)], absmax_P
 
 
 def quantize_scales(absmax_P: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -138,6 +169,21 @@ def expand_scales(scale_codes_P: mx.array, scale_Q: mx.array, offset: mx.array) 
 
 def dequantize_blocks(codes_C: mx.array, factor_P: mx.array, count: int, dtype: mx.Dtype) -> mx.array:
     """Codes and the factor of each block -> `count` flat values in `dtype`, computed in float32."""
+    if plain(codes_C, factor_P):
+        return _dequantize_reference(codes_C, factor_P, count, dtype)
+    return _DEQUANTIZE(
+        [codes_C, factor_P, values(), mx.array([count], dtype=mx.int32)],
+        template={"T": dtype, "EPT": _GPU_VALUES},
+        grid=_grid(-(-count // _GPU_VALUES)),
+        threadgroup=(_THREADS, 1, 1),
+        host_template={"EPT": BLOCK * _HOST_BLOCKS},
+        host_grid=(-(-count // (BLOCK * _HOST_BLOCKS)), 1, 1),
+        output_shapes=[(count,)],
+        output_dtypes=[dtype],
+    )[0]
+
+
+def _dequantize_reference(codes_C: mx.array, factor_P: mx.array, count: int, dtype: mx.Dtype) -> mx.array:
     pair_PB = _pairs()[mx.pad(codes_C, (0, -codes_C.size % (BLOCK // 2)))].reshape(-1, BLOCK)
     return (pair_PB * factor_P[:, None]).astype(dtype).reshape(-1)[:count]
 
@@ -149,10 +195,14 @@ def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return x @ w.dequantize(x.dtype, after=x).T
+        y = x @ w.dequantize(x.dtype, after=x).T
+        settle(y)
+        return y
 
     @product.vjp
     def product_vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
-        return dy @ w.dequantize(dy.dtype, after=dy)
+        dx = dy @ w.dequantize(dy.dtype, after=dy)
+        settle(dx)
+        return dx
 
     return product(x)
