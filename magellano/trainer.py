@@ -163,6 +163,7 @@ def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, An
 
     Raises Stopped after SIGTERM or SIGINT, with the state saved.
     """
+    work.mkdir(parents=True, exist_ok=True, mode=0o700)
     c, resumed, metrics = trainer.config, trainer.resume(work), MetricsFile(work / METRICS)
     metrics.rewind(trainer.step)
     mx.reset_peak_memory()

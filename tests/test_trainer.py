@@ -1,0 +1,176 @@
+"""Accumulation against one large batch, resuming to the bit, float16 loss scaling, all-masked batches."""
+
+import dataclasses
+import hashlib
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from magellano import lora, nf4, state
+from magellano.backend import mx
+from magellano.data import shards
+from magellano.errors import Stopped
+from magellano.layout import ParamSpec
+from magellano.linear import Weight
+from magellano.model import MagellanoLM, seeded
+from magellano.names import Compute, StateDtype
+from magellano.profile import LoraConfig, ModelConfig, TrainConfig
+from magellano.trainer import Trainer, run_to_end
+
+SMALL = ModelConfig(d_model=32, n_layers=4, n_experts=3, d_ff=24, d_state=4, dt_rank=4, vocab_size=300)
+CONFIG = TrainConfig(steps=6, batch=2, lr=1e-2, warmup=2, checkpoint_every=2, log_every=1, compute="float32")
+
+
+def silent(done: int, total: int, **facts: float | str) -> None:
+    pass
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """A tokens folder with documents of uneven length and masks."""
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, rows in (("train", 13), ("held_out", 3)):
+        ids = rng.integers(0, 40, (rows, 17)).astype(np.uint16)
+        reset = (rng.random((rows, 16)) < 0.15).astype(np.uint8)
+        reset[:, 0] = 1
+        shards.write_split(
+            folder, split, [shards.Rows(ids[:, :-1], ids[:, 1:], (rng.random((rows, 16)) < 0.7).astype(np.uint8), reset)]
+        )
+    shards.write_facts(folder, vocab_size=300, seq_len=16, rows={"train": 13, "held_out": 3})
+    return folder
+
+
+def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG) -> Trainer:
+    def source(spec: ParamSpec) -> Weight:
+        w = seeded(3)(spec)
+        if spec.target is None:
+            return w
+        return [nf4.quantize(x) for x in w] if w.ndim == 3 else nf4.quantize(w)
+
+    model, settings = MagellanoLM(SMALL, source), LoraConfig(rank=4)
+    lora.attach(model, settings, lora.start(SMALL, settings))
+    return Trainer(model, config, tokens)
+
+
+def digest(trainer: Trainer) -> str:
+    h = hashlib.sha256()
+    for name, value in sorted(trainer.tensors().items()):
+        h.update(name.encode() + np.array(value).tobytes())
+    return h.hexdigest()
+
+
+def test_accumulation_equals_one_large_batch(tokens: Path) -> None:
+    """Micro-batches hold different numbers of target tokens; each token must still weigh the same."""
+    large = adapter_trainer(tokens, CONFIG.model_copy(update={"batch": 6}))
+    small = adapter_trainer(tokens, CONFIG.model_copy(update={"batch": 2, "accumulate": 3}))
+    for _ in range(4):
+        a, b = large.one_step(), small.one_step()
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+        assert a.tokens == b.tokens
+    other = small.tensors()
+    for name, value in large.tensors().items():
+        assert mx.allclose(value, other[name], rtol=1e-3, atol=1e-5).item(), name
+
+
+def test_the_loss_falls(tokens: Path) -> None:
+    trainer = adapter_trainer(tokens, CONFIG.model_copy(update={"steps": 30, "batch": 8, "lr": 2e-2}))
+    losses = [trainer.one_step().loss for _ in range(30)]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("states", list(StateDtype))
+def test_a_resumed_run_ends_in_the_same_bits(tokens: Path, tmp_path: Path, states: StateDtype) -> None:
+    config = CONFIG.model_copy(update={"state": states})
+    whole = adapter_trainer(tokens, config)
+    run_to_end(whole, tmp_path / "whole", silent)
+    first = adapter_trainer(tokens, config)
+
+    def stop_at_three(done: int, total: int, **facts: float | str) -> None:
+        if done == 3:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # a second signal changes nothing
+
+    with pytest.raises(Stopped, match="step 3 of 6"):
+        run_to_end(first, tmp_path / "cut", stop_at_three)
+    second = adapter_trainer(tokens, config)
+    facts = run_to_end(second, tmp_path / "cut", silent)
+    assert facts["resumed_from"] == 3
+    assert digest(second) == digest(whole)
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 7, "six steps and one held-out line, none twice"
+
+
+def test_evaluating_more_often_changes_nothing(tokens: Path, tmp_path: Path) -> None:
+    digests = set()
+    for every in (0, 1):
+        trainer = adapter_trainer(tokens, CONFIG.model_copy(update={"evaluate_every": every}))
+        run_to_end(trainer, tmp_path / str(every), silent)
+        digests.add(digest(trainer))
+    assert len(digests) == 1
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
+    tokens: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = adapter_trainer(tokens)
+    for _ in range(2):
+        trainer.one_step()
+        trainer.save(tmp_path)
+    path = tmp_path / "step-000000002" / state.PARAMETERS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    found = state.latest(tmp_path)
+    assert found is not None
+    assert found.facts["step"] == 1
+    assert "is damaged" in caplog.text
+    assert not (tmp_path / "step-000000002").exists()
+
+
+def test_the_last_two_checkpoints_stay(tokens: Path, tmp_path: Path) -> None:
+    trainer = adapter_trainer(tokens)
+    for _ in range(4):
+        trainer.one_step()
+        trainer.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "tokens") == ["step-000000003", "step-000000004"]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_halves_the_scale(tokens: Path) -> None:
+    trainer = adapter_trainer(tokens)
+    trainer.scale.dynamic, trainer.scale.value = True, 4.0
+    before = digest(trainer)
+    path = "backbone.layers.0.mixer.in_proj"
+    poisoned = lora.find(trainer.model, path)
+    good = poisoned.lora_a
+    poisoned.lora_a = mx.full(good.shape, float("nan"))
+    metrics = trainer.one_step()
+    poisoned.lora_a = good
+    assert metrics.skipped
+    assert trainer.scale.value == 2.0
+    assert digest(trainer) == before
+
+
+def test_float16_with_loss_scaling_follows_float32(tokens: Path) -> None:
+    half = adapter_trainer(tokens, CONFIG.model_copy(update={"compute": Compute.FLOAT16}))
+    assert half.scale.dynamic
+    full = adapter_trainer(tokens)
+    for _ in range(3):
+        a, b = half.one_step(), full.one_step()
+        assert not a.skipped
+        assert a.loss == pytest.approx(b.loss, rel=5e-3)
+
+
+def test_an_all_masked_batch_counts_nothing(tokens: Path) -> None:
+    trainer = adapter_trainer(tokens)
+    batch = trainer.train.batch
+    trainer.train.batch = lambda i: dataclasses.replace(batch(i), weights=np.zeros((len(i), 16), np.float32))  # type: ignore[method-assign]
+    metrics = trainer.one_step()
+    assert metrics.loss == 0.0
+    assert metrics.grad_norm == 0.0
+    assert not metrics.skipped
