@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from magellano.layout import ParamSpec, count, lora_count, lora_shapes, parameters
 from magellano.names import Compute, LayerKind, LoraTarget, StateDtype
+from magellano.ops.nf4 import BLOCK, SCALE_BLOCK
 from magellano.profile import ModelConfig, Profile
 
-NF4_BLOCK, SCALE_BLOCK = 64, 256
 FLOAT32, FLOAT16 = 4, 2
 
 
@@ -68,7 +68,7 @@ def _quantizes(profile: Profile, spec: ParamSpec) -> bool:
 def _scale_bytes(spec: ParamSpec) -> int:
     """8 bits a block, float32 a block of blocks, one offset per matrix (per expert in a stack)."""
     experts = spec.size // _matrix(spec)
-    blocks = -(-_matrix(spec) // NF4_BLOCK)
+    blocks = -(-_matrix(spec) // BLOCK)
     return experts * (blocks + FLOAT32 * (-(-blocks // SCALE_BLOCK)) + FLOAT32)
 
 
