@@ -33,6 +33,7 @@ xmlrpc/server
 """
 FEWEST_PAIRS = 2000  # fewer: the library's sources are not there
 _UNDERLINED = re.compile(r"^(?P<title>\S.*)\n(?P<line>[*=~\-^\"])(?P=line){2,}$", re.MULTILINE)
+_RULE = re.compile(r"={3,}")  # a line across the page
 _Row = dict[str, str]
 
 
@@ -61,7 +62,8 @@ def _sections(page: str) -> Iterator[str]:
     starts = list(_UNDERLINED.finditer(page))
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         body = page[start.end() : following.start() if following else len(page)]
-        body = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in body.splitlines())).strip("\n")
+        lines = (line.rstrip() for line in body.splitlines() if not _RULE.fullmatch(line))
+        body = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
         if body:
             yield f"{start['title'].strip()}\n\n{body}\n"
 

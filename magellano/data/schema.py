@@ -37,6 +37,17 @@ class Reject:
     reason: Reason
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A value as pandera sees it. pandera copies a failing value into its messages as text, which half a surrogate pair
+    breaks and a text of 100 MB makes dear: this shows the type only."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return f"<{type(self.value).__name__}>"
+
+
 def text_fault(value: Any, blank: bool = False) -> Reason | None:
     """What is wrong with a column of text; `blank`: it may be empty."""
     if not isinstance(value, str):
@@ -91,7 +102,7 @@ def schema(format: DataFormat) -> "DataFrameSchema":
     import pandera.pandas as pa
 
     def check(fault: Callable[[Any], Reason | None], reason: Reason) -> pa.Check:
-        return pa.Check(lambda value: fault(value) is not reason, element_wise=True, error=reason.value)
+        return pa.Check(lambda cell: fault(cell.value) is not reason, element_wise=True, error=reason.value)
 
     columns = {}
     for name in COLUMNS[format]:
@@ -106,12 +117,17 @@ def validate(rows: list[dict[str, Any]], format: DataFormat) -> list[Reject]:
     from pandera.errors import SchemaErrors
 
     # Object columns, so that pandas infers no type and a row's value reaches the checks as it was read.
-    frame = pd.DataFrame({c: pd.Series([row.get(c) for row in rows], dtype=object) for c in COLUMNS[format]})
+    frame = pd.DataFrame({c: pd.Series([_cell(row.get(c)) for row in rows], dtype=object) for c in COLUMNS[format]})
     try:
         schema(format).validate(frame, lazy=True)
     except SchemaErrors as errors:
         return _rejects(errors.failure_cases.to_dict("records"))
     return []
+
+
+def _cell(value: Any) -> _Cell | None:
+    """None for a null (a NaN is Parquet's and pandas' null)."""
+    return None if value is None or value != value else _Cell(value)
 
 
 def _rejects(cases: list[dict[str, Any]]) -> list[Reject]:

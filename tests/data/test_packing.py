@@ -1,6 +1,7 @@
 """Packing and splitting: no token lost, masks and borders right, sides that follow from content alone."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def found_pieces(rows: Rows) -> list[tuple[tuple[int, ...], ...]]:
     found = []
     for tokens, targets, weights, reset in zip(rows.tokens, rows.targets, rows.weights, rows.reset, strict=True):
         starts = [*np.flatnonzero(reset), len(tokens)]
-        for a, b in zip(starts[:-1], starts[1:], strict=True):
+        for a, b in pairwise(starts):
             piece = tuple(tuple(x[a:b].tolist()) for x in (tokens, targets, weights))
             padding = set(piece[0]) | set(piece[1]) == {END} and not any(piece[2])
             if not padding:
@@ -80,7 +81,7 @@ def test_pieces_of_a_long_document_predict_each_target_once(tokens: list[int], s
     assert np.concatenate([p.targets for p in parts]).tolist() == [*tokens, END]
     assert np.concatenate([p.tokens for p in parts]).tolist() == [END, *tokens]
     assert all(len(p.tokens) == seq_len for p in parts[:-1])
-    assert all(b.tokens[0] == a.targets[-1] for a, b in zip(parts, parts[1:], strict=False))
+    assert all(b.tokens[0] == a.targets[-1] for a, b in pairwise(parts))
 
 
 def test_a_row_looks_as_documented() -> None:

@@ -52,7 +52,7 @@ def test_missing_shards_facts_and_splits_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="0 rows of 'held_out'"):
         Shards(folder, "held_out")
     (folder / "train-00001.safetensors").unlink()
-    with pytest.raises(InputError, match="5 rows of 'train' in the shards, 8 in tokens.json"):
+    with pytest.raises(InputError, match="5 rows of 'train' in the shards, 8 in"):
         Shards(folder, "train")
     (folder / shards.FACTS).unlink()
     with pytest.raises(InputError, match="no tokens here"):
@@ -62,7 +62,7 @@ def test_missing_shards_facts_and_splits_are_refused(folder: Path) -> None:
 def test_a_truncated_shard_and_another_schema_are_refused(folder: Path) -> None:
     path = folder / "train-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match="train-00000.safetensors: damaged"):
+    with pytest.raises(InputError, match=r"train-00000\.safetensors: damaged"):
         Shards(folder, "train")
     facts = folder / shards.FACTS
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"schema": 2}))
