@@ -34,6 +34,8 @@ def prepare() -> None:
     """Set what is not set yet, and show failures that are no bug without their traceback."""
     for name, value in environment().items():
         os.environ.setdefault(name, value)
+    if "PREFECT_HOME" in os.environ:
+        artifacts.private_folder(Path(os.environ["PREFECT_HOME"]).expanduser())  # Prefect itself would not make the folders above it
     logging.getLogger("magellano").setLevel(logging.INFO)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_one_line)
