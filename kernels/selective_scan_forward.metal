@@ -72,7 +72,7 @@
     TGBARRIER;
 
     // Role 2.
-    for (int j = 0; j < TC; ++j) {
+    UNROLL for (int j = 0; j < TC; ++j) {
       if (HAS_RESET && fresh[j]) {
         REGS for (int n = 0; n < NS; ++n) { LANES for (int ch = 0; ch < CPT; ++ch) s[n][ch] = 0.0f; }
       }

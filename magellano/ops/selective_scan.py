@@ -127,13 +127,15 @@ class Geometry:
         return {"NL": self.lanes, "CPT": self.channels, "SG": self.simdgroups, "TC": self.steps}
 
 
-def geometry(T: int, I: int, N: int) -> Geometry:
+def geometry(B: int, T: int, I: int, N: int) -> Geometry:
     """The default geometry for these sizes in the dialect in force. On a GPU N must be a power of two."""
     if launch.gpu_geometry():
         lanes = min(4, N)
         return Geometry(lanes, channels=1, simdgroups=4, steps=lanes if T == 1 else 8, simd=32)
-    channels = max(c for c in (64, 32, 16, 8, 4, 2, 1) if I % c == 0)
-    return Geometry(lanes=1, channels=channels, simdgroups=1, steps=1 if T == 1 else 16, simd=1)
+    widths = (
+        (128, 64, 32, 16, 8, 4, 2, 1) if B * I >= 2048 else (64, 32, 16, 8, 4, 2, 1)
+    )  # enough groups for every core
+    return Geometry(1, channels=max(c for c in widths if I % c == 0), simdgroups=1, steps=1 if T == 1 else 16, simd=1)
 
 
 def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple[mx.array, mx.array]:
@@ -142,7 +144,8 @@ def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple
     given = _prepare(given)
     constants = {"reset"} | ({"A", "skip", "dt_bias"} if frozen else set())
     moving = [name for name in given if name not in constants]
-    chosen = geometry(given["x"].shape[1], given["x"].shape[2], given["A"].shape[1])
+    B, T, I = given["x"].shape
+    chosen = geometry(B, T, I, given["A"].shape[1])
 
     @mx.custom_function
     def scan(*values: mx.array) -> tuple[mx.array, ...]:

@@ -1,5 +1,5 @@
-"""What can be checked of the kernel texts without a GPU: clang parses each as a Metal kernel, nvcc compiles each as CUDA,
-and all keep to the common subset of kernels/README.md. The texts are taken as the operations launch them.
+"""What can be checked of the kernel texts without a GPU: clang parses each as a Metal kernel, nvcc compiles each as
+CUDA, and all keep to the common subset of kernels/README.md. The texts are taken as the operations launch them.
 """
 
 import re

@@ -1,5 +1,6 @@
 """The scan's outputs and every gradient against a float64 loop, in every dialect."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from magellano.backend import mx
 from magellano.ops import launch
-from magellano.ops.selective_scan import selective_scan
+from magellano.ops.selective_scan import Geometry, selective_scan
 
 PLAIN = ("x", "dt", "A", "b", "c")
 ALL = (*PLAIN, "skip", "z", "dt_bias", "state")
@@ -196,6 +197,22 @@ def test_same_inputs_give_the_same_bits(kernel_dialect: str) -> None:
     once, again = run(v), run(v)
     for name in once:
         assert once[name].tobytes() == again[name].tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("lanes", "simdgroups", "steps"), [(1, 1, 4), (2, 2, 8), (4, 2, 16), (8, 8, 8), (16, 4, 16), (4, 1, 4)]
+)
+def test_every_gpu_geometry_agrees_with_float64(
+    kernel_dialect: str, monkeypatch: pytest.MonkeyPatch, lanes: int, simdgroups: int, steps: int
+) -> None:
+    if kernel_dialect == "host":
+        pytest.skip("the host has a geometry of its own")
+    chosen = Geometry(lanes, channels=1, simdgroups=simdgroups, steps=steps, simd=32)
+    used = []
+    monkeypatch.setattr(sys.modules[Geometry.__module__], "geometry", lambda *sizes: used.append(sizes) or chosen)
+    v = rounded(random_inputs(2, 35, 43, 16), mx.float32)
+    compare(run(v), loop(v), 2e-6)
+    assert used
 
 
 def test_frozen_parameters_get_no_gradient_and_change_no_other(kernel_dialect: str) -> None:
