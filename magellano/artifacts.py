@@ -109,7 +109,7 @@ class Store:
 
     def work(self, stage: Stage, key: str) -> Path:
         """The folder that an interrupted stage continues from; for the `make` of this key's build alone."""
-        return _private(self.home / "work" / stage / key)
+        return private_folder(self.home / "work" / stage / key)
 
     def build(
         self, stage: Stage, key: str, *, version: int, inputs: Inputs, config: Mapping[str, Any],
@@ -126,7 +126,7 @@ class Store:
             if ref and (not rerun or self.manifest(ref)["rerun"] == rerun):
                 return Built(ref, reused=True)
             self._remove_dead(stage, ours=key)
-            temporary = _private(self._folder(stage, durable.TEMPORARY + key))
+            temporary = private_folder(self._folder(stage, durable.TEMPORARY + key))
             facts = {
                 "schema": SCHEMA, "stage": stage, "key": key, "version": version, "rerun": rerun,
                 "config": _plain(config), "inputs": _recorded(inputs),
@@ -175,7 +175,7 @@ class Store:
     def _find_locked(self, stage: Stage, key: str) -> ArtifactRef | None:
         ref, why = self._check(stage, key)
         if why is not None:
-            folder, aside = self._folder(stage, key), _private(self._folder(stage, ASIDE))
+            folder, aside = self._folder(stage, key), private_folder(self._folder(stage, ASIDE))
             taken = {p.name for p in aside.iterdir()}
             free = next(name for n in range(len(taken) + 1) if (name := f"{key}-{n}") not in taken)
             folder.rename(aside / free)
@@ -227,11 +227,11 @@ class Store:
             return None
 
     def _open_lock(self, stage: Stage, key: str) -> int:
-        path = _private(self.home / "locks") / f"{stage}-{key}"
+        path = private_folder(self.home / "locks") / f"{stage}-{key}"
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # never removed: a removed lock file could be locked twice
 
 
-def _private(folder: Path) -> Path:
+def private_folder(folder: Path) -> Path:
     """`folder`, made where it is missing with its parents, the owner's alone."""
     for path in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
         path.mkdir(mode=0o700, exist_ok=True)
