@@ -1,4 +1,4 @@
-"""Sweeps the scan's GPU geometry: `python benchmarks/gpu_scan.py` prints the error of each against the reference, and times.
+"""Sweeps the scan's GPU geometry: `python benchmarks/gpu_scan.py` prints the error of each, and its times.
 
 Sizes are those that mamba-ssm's CUDA kernels were measured at: float16, N 16, gate, skip and softplus fused.
 """
@@ -49,7 +49,8 @@ def error(chosen: Geometry) -> float:
     grads = backward(given, borders, dy, None, chosen, frozen=False)
     (want_y,), want = mx.vjp(lambda *a: reference(*a)[0], list(given.values()), [dy])
     pairs = [(y, want_y), *((grads[n], w) for n, w in zip(given, want, strict=True))]
-    return float(mx.stack([mx.abs(got - w).max() / mx.abs(w).max() for got, w in pairs]).max().item())
+    worst = mx.stack([mx.abs(got - w).max() / mx.abs(w).max() for got, w in pairs]).max()
+    return worst.item()  # type: ignore[return-value]
 
 
 def times(chosen: Geometry, B: int, T: int, I: int) -> tuple[float, float]:
@@ -75,7 +76,8 @@ def main() -> None:
             continue
         line = f"lanes {lanes:2} simdgroups {simdgroups} steps {steps:2}: error {error(chosen):.1e}"
         for B, T, I in SIZES:
-            line += f" | B {B} T {T}: " + "forward {:.3f} ms, backward {:.3f} ms".format(*times(chosen, B, T, I))
+            ahead, back = times(chosen, B, T, I)
+            line += f" | B {B} T {T}: forward {ahead:.3f} ms, backward {back:.3f} ms"
         print(line, flush=True)
 
 
