@@ -125,7 +125,7 @@ class _Writer:
         self.rows = 0
 
     def add(self, document: Document) -> None:
-        self._books.documents[self._split] += 1
+        self._books.documents[str(self._split)] += 1
         self._books.split += len(document.targets) > self._packer.seq_len
         for piece in pieces(document, self._packer.seq_len, self._tokenizer.end_of_text):
             if self._count(piece):
