@@ -54,7 +54,7 @@ def error(chosen: Geometry) -> float:
 
 
 def times(chosen: Geometry, B: int, T: int, I: int) -> tuple[float, float]:
-    """Milliseconds of the forward and of the backward with frozen parameters, its sums over partial results included."""
+    """Milliseconds of the forward, and of the backward with frozen parameters and its sums over partial results."""
     given, dy = inputs(B, T, I, mx.float16)
     borders = forward(given, chosen)[2]
     mx.eval(given, dy, borders)
