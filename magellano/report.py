@@ -58,13 +58,13 @@ def _cell(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
 
 
-# name in evaluation.json, heading, format; in the table's order
+# name in evaluation.json, heading, format of a value, and of the change: a share of the base, or a difference
 MEASURES = (
-    ("loss", "loss (nats/token)", "{:.4f}"),
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("bits_per_byte", "bits per byte", "{:.4f}"),
-    ("accuracy", "token accuracy", "{:.2%}"),
-    ("evenness", "expert evenness", "{:.3f}"),
+    ("loss", "loss (nats/token)", "{:.4f}", "percent"),
+    ("perplexity", "perplexity", "{:.2f}", "percent"),
+    ("bits_per_byte", "bits per byte", "{:.4f}", "percent"),
+    ("accuracy", "token accuracy", "{:.2%}", "points"),
+    ("evenness", "expert evenness", "{:.3f}", "difference"),
 )
 
 
@@ -72,13 +72,21 @@ def measures(evaluation: dict[str, Any]) -> Table:
     """Base against fine-tuned, with the change. `evaluation` is what evaluation.json holds."""
     base, tuned = evaluation["base"], evaluation["fine_tuned"]
     rows = []
-    for key, name, form in MEASURES:
-        if base[key] is None or tuned[key] is None:
-            continue
-        change = f"{100 * (tuned[key] / base[key] - 1):+.1f} %" if base[key] else "-"
-        rows.append((name, form.format(base[key]), form.format(tuned[key]), change))
+    for key, name, form, change in MEASURES:
+        if base[key] is not None and tuned[key] is not None:
+            rows.append((name, form.format(base[key]), form.format(tuned[key]), _change(base[key], tuned[key], change)))
     title = f"Held-out split: {tuned['tokens']:,} target tokens, {tuned['bytes']:,} bytes"
     return Table(title, ("measure", "base", "fine-tuned", "change"), tuple(rows))
+
+
+def _change(base: float, tuned: float, how: str) -> str:
+    match how:
+        case "percent":
+            return f"{100 * (tuned / base - 1):+.1f} %" if base else "-"
+        case "points":
+            return f"{100 * (tuned - base):+.2f} points"
+        case _:
+            return f"{tuned - base:+.3f}"
 
 
 def samples(evaluation: dict[str, Any]) -> Table:
@@ -134,13 +142,13 @@ def accounting(run: dict[str, Any]) -> Table | None:
     return Table("Data", ("", ""), tuple(rows)) if rows else None
 
 
-def run_places(run: dict[str, Any]) -> Table:
-    """Where a run's results lie: release, evaluation, picture, and each stage's folder."""
-    paths = {f"{stage['stage']} artifact": stage["path"] for stage in run["stages"]}
-    evaluation = _evaluation_folder(run)
-    if evaluation is not None:
-        paths = {"evaluation": evaluation / EVALUATION_MD, "loss curve": evaluation / LOSS_PNG, **paths}
-    return places(paths)
+def run_places(run: dict[str, Any]) -> dict[str, Path]:
+    """Where a run's results lie: evaluation, pictures, then each stage's folder."""
+    places = {}
+    if (evaluation := _evaluation_folder(run)) is not None:
+        files = {"evaluation": EVALUATION_MD, "loss curve": LOSS_PNG, "expert use": EXPERTS_PNG}
+        places = {name: evaluation / file for name, file in files.items()}
+    return places | {stage["stage"]: Path(stage["path"]) for stage in run["stages"]}
 
 
 def show_run(run: dict[str, Any], console: "Console") -> None:
@@ -151,12 +159,13 @@ def show_run(run: dict[str, Any], console: "Console") -> None:
     stages(run).show(console)
     if (evaluation := _evaluation(run)) is not None:
         show_evaluation(evaluation, console)
-    run_places(run).show(console)
+    show_places(run_places(run), console)
 
 
 def run_markdown(run: dict[str, Any]) -> str:
     """The same as a page for Prefect's UI."""
-    tables = [stages(run), accounting(run), run_places(run)]
+    places = facts("Where it lies", {name: str(path) for name, path in run_places(run).items()})
+    tables = [stages(run), accounting(run), places]
     parts = [f"# {run['profile']}", *(table.markdown() for table in tables if table)]
     if (evaluation := _evaluation(run)) is not None:
         parts.insert(1, evaluation_markdown(evaluation))
@@ -196,9 +205,12 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def places(paths: dict[str, Path | str]) -> Table:
-    """Where everything lies."""
-    return Table("Where it lies", ("what", "path"), tuple((k, str(v)) for k, v in paths.items()), numbers=False)
+def show_places(paths: dict[str, Path], console: "Console") -> None:
+    """One path a line, never wrapped, so that it can be copied; relative to the current folder where it lies below."""
+    here = Path.cwd()
+    for name, path in paths.items():
+        shown = path.relative_to(here) if path.is_relative_to(here) else path
+        console.print(f"  {name:<22} {shown}", soft_wrap=True, highlight=False, markup=False)
 
 
 def duration(seconds: float) -> str:

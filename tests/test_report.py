@@ -63,7 +63,7 @@ def test_measures_compare_base_and_fine_tuned():
     assert ("loss (nats/token)", "4.0000", "3.0000", "-25.0 %") in table.rows
     assert ("perplexity", "16.00", "8.00", "-50.0 %") in table.rows
     assert ("bits per byte", "2.0000", "1.5000", "-25.0 %") in table.rows
-    assert ("token accuracy", "20.00%", "25.00%", "+25.0 %") in table.rows
+    assert ("token accuracy", "20.00%", "25.00%", "+5.00 points") in table.rows
     assert "1,234" in table.title
 
 
@@ -96,6 +96,10 @@ def test_the_end_of_a_run_in_a_terminal(tmp_path: Path):
     text = terminal(report.show_run, run(tmp_path))
     for part in ("1 min 15 s", "1,234", "1.25 GiB", "reused", "built", "3.0000", "fine-tuned is better", str(tmp_path)):
         assert part in text
+
+
+def test_paths_stay_whole_in_a_narrow_terminal(tmp_path: Path):
+    assert str(tmp_path / report.LOSS_PNG) in terminal(report.show_run, run(tmp_path), width=40)
 
 
 def test_the_end_of_a_run_as_markdown(tmp_path: Path):

@@ -46,4 +46,4 @@ def show(facts: dict[str, Any], console: "Console") -> None:
     from magellano import report
 
     report.show_evaluation(facts, console)
-    report.places({"release": facts["release"], "evaluation": facts["out"]}).show(console)
+    report.show_places({"release": Path(facts["release"]), "evaluation": Path(facts["out"])}, console)
