@@ -130,16 +130,28 @@ def stages(run: dict[str, Any]) -> Table:
     return Table("Stages", ("stage", "", "time", "tokens/s", "peak memory"), tuple(rows))
 
 
-def accounting(run: dict[str, Any]) -> Table | None:
-    """Rows and tokens of the tokenize stages: what was read, used, rejected and dropped. None without such a stage."""
-    rows = [
-        (name.replace("_", " "), number(value))
-        for stage in run["stages"]
-        if stage["stage"] == "tokenize"
-        for name, value in stage["summary"].items()
-        if isinstance(value, int | float | str)
-    ]
-    return Table("Data", ("", ""), tuple(rows)) if rows else None
+def accounting(run: dict[str, Any]) -> list[Table]:
+    """For each tokenize stage of a run, what became of every row and token, in two lines that balance."""
+    return [_books(s["stage"], s["summary"]["accounting"]) for s in run["stages"] if "accounting" in s["summary"]]
+
+
+def _books(stage: str, counts: dict[str, Any]) -> Table:
+    reasons = {f"rejected: {reason}": n for reason, n in counts["rejected"].items()}
+    tokens = {"trained": counts["trained"], "prompts": counts["context"]}
+    tokens |= {"held out": counts["held_out"], "dropped": counts["dropped"]}
+    rows = (
+        (
+            "rows",
+            number(counts["rows_read"]),
+            _sum({"used": counts["used"], **reasons, "duplicates": counts["duplicates"]}),
+        ),
+        ("tokens", number(counts["tokens_in"]), _sum(tokens)),
+    )
+    return Table(f"Data of {stage}", ("", "read", "are"), rows, numbers=False)
+
+
+def _sum(parts: dict[str, int]) -> str:
+    return " + ".join(f"{n:,} {name}" for name, n in parts.items())
 
 
 def run_places(run: dict[str, Any]) -> dict[str, Path]:
@@ -152,11 +164,12 @@ def run_places(run: dict[str, Any]) -> dict[str, Path]:
 
 
 def show_run(run: dict[str, Any], console: "Console") -> None:
-    """The end of `magellano train`: stages, samples, base against fine-tuned, and where everything lies.
+    """The end of `magellano train`: data, stages, samples, base against fine-tuned, and where everything lies.
 
     `run` is what a flow returns: {"profile": name, "stages": [{"stage", "state", "seconds", "path", "summary"}, ...]}.
     """
-    stages(run).show(console)
+    for table in (*accounting(run), stages(run)):
+        table.show(console)
     if (evaluation := _evaluation(run)) is not None:
         show_evaluation(evaluation, console)
     show_places(run_places(run), console)
@@ -165,8 +178,8 @@ def show_run(run: dict[str, Any], console: "Console") -> None:
 def run_markdown(run: dict[str, Any]) -> str:
     """The same as a page for Prefect's UI."""
     places = facts("Where it lies", {name: str(path) for name, path in run_places(run).items()})
-    tables = [stages(run), accounting(run), places]
-    parts = [f"# {run['profile']}", *(table.markdown() for table in tables if table)]
+    tables = [stages(run), *accounting(run), places]
+    parts = [f"# {run['profile']}", *(table.markdown() for table in tables)]
     if (evaluation := _evaluation(run)) is not None:
         parts.insert(1, evaluation_markdown(evaluation))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"

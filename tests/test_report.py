@@ -35,13 +35,26 @@ def evaluation(**changes: Any) -> dict[str, Any]:
     }
 
 
+BOOKS = {
+    "rows_read": 1500,
+    "used": 1490,
+    "duplicates": 3,
+    "rejected": {"empty": 5, "no text": 2},
+    "tokens_in": 9000,
+    "trained": 6000,
+    "context": 2000,
+    "held_out": 900,
+    "dropped": 100,
+}
+
+
 def run(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / report.EVALUATION_JSON).write_text(json.dumps(evaluation()), encoding="utf-8")
     train = {"tokens_per_s": 1234.5, "peak_gib": 1.25, "steps": 20}
     return {
         "profile": "demo",
         "stages": [
-            {"stage": "tokenize", "state": "reused", "seconds": 0.1, "path": "/t", "summary": {"rows_read": 1500}},
+            {"stage": "tokenize", "state": "reused", "seconds": 0.1, "path": "/t", "summary": {"accounting": BOOKS}},
             {"stage": "train", "state": "built", "seconds": 75.0, "path": "/r", "summary": train},
             {"stage": "evaluate", "state": "built", "seconds": 3.0, "path": str(tmp_path), "summary": {}},
         ],
@@ -94,7 +107,17 @@ def test_evaluation_page_has_verdict_tables_and_pictures():
 
 def test_the_end_of_a_run_in_a_terminal(tmp_path: Path):
     text = terminal(report.show_run, run(tmp_path))
-    for part in ("1 min 15 s", "1,234", "1.25 GiB", "reused", "built", "3.0000", "fine-tuned is better", str(tmp_path)):
+    for part in (
+        "6,000 trained + 2,000 prompts + 900 held out + 100 dropped",
+        "1 min 15 s",
+        "1,234",
+        "1.25 GiB",
+        "reused",
+        "built",
+        "3.0000",
+        "fine-tuned is better",
+        str(tmp_path),
+    ):
         assert part in text
 
 
@@ -104,7 +127,13 @@ def test_paths_stay_whole_in_a_narrow_terminal(tmp_path: Path):
 
 def test_the_end_of_a_run_as_markdown(tmp_path: Path):
     page = report.run_markdown(run(tmp_path))
-    for part in ("# demo", "1 min 15 s", "| rows read | 1,500 |", "**fine-tuned is better**", str(tmp_path)):
+    for part in (
+        "# demo",
+        "1 min 15 s",
+        "| rows | 1,500 | 1,490 used + 5 rejected: empty + 2 rejected: no text + 3 duplicates |",
+        "**fine-tuned is better**",
+        str(tmp_path),
+    ):
         assert part in page
 
 
