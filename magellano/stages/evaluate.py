@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from magellano.data.shards import Shards
-
 from magellano import loader, report
 from magellano.backend import mx
+from magellano.data.shards import Shards
 from magellano.evaluate import Example, Scores, Verdict, examples, score
 from magellano.generate import Sampling, generate
 from magellano.model import MagellanoLM
