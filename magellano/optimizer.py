@@ -7,7 +7,7 @@ from typing import Any
 
 from magellano.backend import mx, nn, tree_flatten, tree_map, tree_unflatten
 from magellano.names import StateDtype
-from magellano.ops.adamw import Moments, Step, adamw, corrections, hash_u32
+from magellano.ops.adamw import Moments, Step, adamw, hash_u32, numbers
 
 STEP = "step"
 
@@ -75,20 +75,22 @@ class AdamW:
             assert f"{missing}.m" in self._state
         lr = self.learning_rate if learning_rate is None else learning_rate
         self._state[STEP] = self.step + 1
-        c1, c2 = corrections(self.step, *self.betas)
-        shared = (mx.array(lr, dtype=mx.float32), *self.betas, self.eps)
+        with_decay, without = (
+            numbers(self.step, lr, *self.betas, self.eps, decay, factor) for decay in (self.weight_decay, 0.0)
+        )
+        keys = self._keys([name for name, _ in grads])
         new = []
-        for name, g in grads:
-            decay = self.weight_decay if self.decays(name) else 0.0
-            p = Step(*shared, decay, c1, c2, mx.array(factor, dtype=mx.float32), self._key(name))
-            w, moments = adamw(current[name], g, self._moments(name), p)
+        for (name, g), key in zip(grads, keys, strict=True):
+            step = Step(with_decay if self.decays(name) else without, key)
+            w, moments = adamw(current[name], g, self._moments(name), step)
             self._keep(name, moments)
             new.append((name, w))
         return tree_unflatten(new)
 
-    def _key(self, name: str) -> mx.array:
-        start = mx.array((self.seed ^ zlib.crc32(name.encode())) & 0xFFFFFFFF, dtype=mx.uint32)
-        return hash_u32(hash_u32(start) + self.step)
+    def _keys(self, names: list[str]) -> list[mx.array]:
+        """One uint32 [1] for each name, from seed, name and step."""
+        starts = mx.array([(self.seed ^ zlib.crc32(name.encode())) & 0xFFFFFFFF for name in names], dtype=mx.uint32)
+        return mx.split(hash_u32(hash_u32(starts) + self.step), len(names))
 
     def _moments(self, name: str) -> Moments:
         return Moments(self._state[f"{name}.m"], self._state[f"{name}.s"], self._state.get(f"{name}.peak"))

@@ -17,10 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from magellano.backend import mx, on_gpu
-from magellano.ops.lazy import settle
+from magellano.ops.launch import Kernel
+from magellano.ops.lazy import detached, plain, settle
 from magellano.ops.nf4 import Quantized
 
 _SLICE_WEIGHTS = 1 << 24  # of w, in one slice of the vocabulary
+_STATISTICS = Kernel("cross_entropy_statistics", ("logits", "target"), ("lse", "picked"))
+_GRADIENT = Kernel("cross_entropy_gradient", ("logits", "lse", "target", "weight"), ("g",))
+_SIMDGROUPS = 8  # that share a row on a GPU
+_THREADS = 32 * _SIMDGROUPS
+_COLUMNS = 1024  # of one thread on the host
 
 
 @dataclass(frozen=True)
@@ -50,21 +56,44 @@ class _Head:
             logits_CW = (x_CD @ w_WD.T).astype(mx.float32)
             if u_Cr is not None and self.b_Vr is not None:
                 logits_CW = logits_CW + (u_Cr @ self.b_Vr[first:last].astype(u_Cr.dtype).T).astype(mx.float32)
-            settle(logits_CW)
-            parts.append(logits_CW)
+            parts.append(detached(logits_CW))
         return parts
 
 
 def _statistics(logits_CW: mx.array, local_C: mx.array) -> tuple[mx.array, mx.array]:
-    """log sum exp of a slice's logits and the target's logit, 0 where the target lies in another slice; float32 [C]."""
-    width = logits_CW.shape[1]
+    """log sum exp of a slice's logits and the target's logit, 0 where it lies in another slice; float32 [C]."""
+    rows, width = logits_CW.shape
+    if not plain(logits_CW, local_C):
+        lse_C, picked_C = _STATISTICS(
+            [logits_CW, local_C],
+            template={"SG": _SIMDGROUPS},
+            grid=(_THREADS, rows, 1),
+            threadgroup=(_THREADS, 1, 1),
+            host_template={"SG": 1},
+            host_grid=(1, rows, 1),
+            output_shapes=[(rows,), (rows,)],
+            output_dtypes=[mx.float32, mx.float32],
+        )
+        return lse_C, picked_C
     picked_C = mx.take_along_axis(logits_CW, mx.clip(local_C, 0, width - 1)[:, None], axis=1)[:, 0]
     return mx.logsumexp(logits_CW, axis=1), mx.where((local_C >= 0) & (local_C < width), picked_C, 0.0)
 
 
 def _gradient(logits_CW: mx.array, lse_C: mx.array, local_C: mx.array, weight_C: mx.array, dtype: mx.Dtype) -> mx.array:
     """weight * (softmax - one-hot), exactly 0 where the weight is 0; [C, W] in `dtype`."""
-    column_W = mx.arange(logits_CW.shape[1], dtype=mx.int32)
+    rows, width = logits_CW.shape
+    if not plain(logits_CW, lse_C, local_C, weight_C):
+        return _GRADIENT(
+            [logits_CW, lse_C, local_C, weight_C],
+            template={"T": dtype, "CPT": 1},
+            grid=(-(-width // _THREADS) * _THREADS, rows, 1),
+            threadgroup=(_THREADS, 1, 1),
+            host_template={"CPT": _COLUMNS},
+            host_grid=(-(-width // _COLUMNS), rows, 1),
+            output_shapes=[logits_CW.shape],
+            output_dtypes=[dtype],
+        )[0]
+    column_W = mx.arange(width, dtype=mx.int32)
     g_CW = mx.exp(logits_CW - lse_C[:, None]) - (column_W == local_C[:, None])
     return mx.where(weight_C[:, None] == 0, 0.0, g_CW * weight_C[:, None]).astype(dtype)
 
@@ -115,7 +144,8 @@ def linear_cross_entropy(
     def loss(*arrays: mx.array) -> tuple[mx.array, ...]:
         named = dict(zip(names, arrays, strict=True))
         head = _Head(named.get("w", w_VD), named.get("b"))
-        total, gradients = _loss_and_gradients(named["x"], head, named.get("u"), target_M, weight_M, chunk, trains_w)
+        rows = _Rows(named["x"], named.get("u"), target_M, weight_M)
+        total, gradients = _loss_and_gradients(rows, head, chunk, trains_w)
         return total, *(gradients[name] for name in names)
 
     @loss.vjp
@@ -127,45 +157,61 @@ def linear_cross_entropy(
     return loss(*(given[name] for name in names))[0]
 
 
-def _loss_and_gradients(
-    x_MD: mx.array,
-    head: _Head,
-    u_Mr: mx.array | None,
-    target_M: mx.array,
-    weight_M: mx.array,
-    chunk: int,
-    trains_w: bool,
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """The loss and its gradients in float32, by name: x, w (if it trains), u and b (if there)."""
-    total, done = mx.zeros(()), mx.zeros(())
-    rows: dict[str, list[mx.array]] = {"x": [], "u": []}
-    sums = {"w": mx.zeros(head.w_VD.shape)} if trains_w else {}
-    if head.b_Vr is not None:
-        sums["b"] = mx.zeros(head.b_Vr.shape)
-    for i in range(0, x_MD.shape[0], chunk):
+@dataclass
+class _Rows:
+    """Rows: what the loss needs of them."""
+
+    x_CD: mx.array
+    u_Cr: mx.array | None
+    target_C: mx.array
+    weight_C: mx.array
+
+
+def _loss_and_gradients(rows: _Rows, head: _Head, chunk: int, trains_w: bool) -> tuple[mx.array, dict[str, mx.array]]:
+    """The loss of all rows and its gradients in float32, by name: x, w (if it trains), u and b (if there)."""
+    losses, dx, du, done = [], [], [], mx.zeros(())
+    sums: dict[str, dict[int, mx.array]] = {"w": {}, "b": {}}  # by the slice's first class
+    for i in range(0, rows.x_CD.shape[0], chunk):
         at = slice(i, i + chunk)
-        target_C, weight_C = target_M[at], weight_M[at]
-        x_CD = mx.depends([x_MD[at]], [done])[0]  # one chunk after the other, also in a lazy graph
-        u_Cr = None if u_Mr is None else u_Mr[at]
-        parts = head.logits(x_CD, u_Cr)
-        lse_C, picked_C = _nll(parts, target_C)
-        total = total + mx.where(weight_C == 0, 0.0, weight_C * (lse_C - picked_C)).sum()
-        dx_CD, du_Cr = mx.zeros(x_CD.shape), None if u_Cr is None else mx.zeros(u_Cr.shape)
-        for n, (first, last, w_WD) in enumerate(head.slices(x_CD.dtype)):
-            g_CW = _gradient(parts[n], lse_C, target_C - first, weight_C, x_CD.dtype)
-            parts[n] = g_CW  # the logits are not needed any more
-            dx_CD = dx_CD + (g_CW @ w_WD).astype(mx.float32)
-            if u_Cr is not None and head.b_Vr is not None:
-                du_Cr = du_Cr + (g_CW @ head.b_Vr[first:last].astype(g_CW.dtype)).astype(mx.float32)
-                sums["b"][first:last] = sums["b"][first:last] + (g_CW.T @ u_Cr.astype(g_CW.dtype)).astype(mx.float32)
-            if trains_w:
-                sums["w"][first:last] = sums["w"][first:last] + (g_CW.T @ x_CD).astype(mx.float32)
-            settle(total, dx_CD, *([] if du_Cr is None else [du_Cr]), *sums.values())
-            parts[n] = done = dx_CD
-        rows["x"].append(dx_CD)
-        if du_Cr is not None:
-            rows["u"].append(du_Cr)
-    return total, {**sums, **{name: mx.concatenate(values) for name, values in rows.items() if values}}
+        x_CD = mx.depends([rows.x_CD[at]], [done])[0]  # one chunk after the other, also in a lazy graph
+        u_Cr = None if rows.u_Cr is None else rows.u_Cr[at]
+        part = _Rows(x_CD, u_Cr, rows.target_C[at], rows.weight_C[at])
+        loss, dx_CD, du_Cr = _chunk(part, head, sums, trains_w)
+        losses.append(loss)
+        dx.append(dx_CD)
+        du.append(du_Cr)
+        done = dx_CD
+    gradients = {"x": mx.concatenate(dx)}
+    if rows.u_Cr is not None:
+        gradients["u"] = mx.concatenate(du)
+    gradients |= {name: mx.concatenate(list(parts.values())) for name, parts in sums.items() if parts}
+    return mx.stack(losses).sum(), gradients
+
+
+def _chunk(
+    rows: _Rows, head: _Head, sums: dict[str, dict[int, mx.array]], trains_w: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The loss of a chunk, dx and du (0 without u); adds its share of dw and db to `sums`."""
+    x_CD, u_Cr, b_Vr = rows.x_CD, rows.u_Cr, head.b_Vr
+    parts = head.logits(x_CD, u_Cr)
+    lse_C, picked_C = _nll(parts, rows.target_C)
+    nll_C = rows.weight_C * (lse_C - picked_C)
+    loss = detached(mx.where(rows.weight_C == 0, 0.0, nll_C).sum())
+    dx_CD, du_Cr = mx.zeros(x_CD.shape), mx.zeros(())
+    for first, last, w_WD in head.slices(x_CD.dtype):
+        g_CW = _gradient(parts.pop(0), lse_C, rows.target_C - first, rows.weight_C, x_CD.dtype)
+        dx_CD = detached(dx_CD + (g_CW @ w_WD).astype(mx.float32))
+        if trains_w:
+            _add(sums["w"], first, g_CW.T @ x_CD)
+        if u_Cr is not None and b_Vr is not None:
+            du_Cr = detached(du_Cr + (g_CW @ b_Vr[first:last].astype(g_CW.dtype)).astype(mx.float32))
+            _add(sums["b"], first, g_CW.T @ u_Cr.astype(g_CW.dtype))
+    return loss, dx_CD, du_Cr
+
+
+def _add(parts: dict[int, mx.array], first: int, more: mx.array) -> None:
+    more = more.astype(mx.float32)
+    parts[first] = detached(parts[first] + more if first in parts else more)
 
 
 def token_scores(

@@ -1,7 +1,14 @@
-"""When MLX computes: host kernels need values at once, and on a CPU computing early is what frees memory early."""
+"""When MLX computes, and what it keeps: host kernels need values at once, and on a CPU computing early frees memory
+early.
+
+Inside mx.grad and mx.vjp MLX keeps the graph of every array, computed or not, and with it all that the array was made
+of: mx.eval there frees nothing, and mx.checkpoint saves nothing. `detached` cuts an array loose.
+"""
+
+import numpy as np
 
 from magellano.backend import mx, on_gpu
-from magellano.ops import launch
+from magellano.ops import host, launch
 from magellano.ops.launch import Dialect
 
 
@@ -14,6 +21,17 @@ def plain(*arrays: mx.array) -> bool:
 
 
 def settle(*arrays: mx.array) -> None:
-    """On a CPU: compute now, so that what the arrays were made of is freed. Does nothing inside mx.compile."""
+    """On a CPU: compute now, so that what the arrays were made of can be freed. Does nothing inside mx.compile."""
     if not on_gpu():
         launch.traced(*arrays)
+
+
+def detached(a: mx.array) -> mx.array:
+    """On a CPU: `a` as a copy that remembers nothing of its making, so that this is freed even inside mx.grad. For use
+    inside an mx.custom_function, whose gradient does not follow the making anyway. Elsewhere, and inside mx.compile,
+    `a` itself.
+    """
+    if on_gpu() or launch.traced(a):
+        return a
+    copy = mx.array(np.array(host.view(mx.contiguous(a)), copy=False)) if a.size else mx.zeros(a.shape, a.dtype)
+    return copy.view(mx.bfloat16) if a.dtype == mx.bfloat16 else copy

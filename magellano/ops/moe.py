@@ -6,7 +6,7 @@ Shapes: M tokens, E experts, k experts per token, S = M*k token copies sorted by
 from collections.abc import Sequence
 
 from magellano.backend import mx
-from magellano.ops.lazy import settle
+from magellano.ops.lazy import detached
 from magellano.ops.nf4 import Quantized
 
 
@@ -75,8 +75,7 @@ def _quantized(x_SD: mx.array, w_EFD: Sequence[Quantized], sizes: list[int]) -> 
         parts: list[mx.array] = []
         for e, rows in groups:
             w_FD = w_EFD[e].dequantize(a_SK.dtype, after=parts[-1] if parts else a_SK)
-            parts.append(a_SK[rows] @ (w_FD.T if transpose else w_FD))
-            settle(parts[-1])
+            parts.append(detached(a_SK[rows] @ (w_FD.T if transpose else w_FD)))
         return parts
 
     @mx.custom_function

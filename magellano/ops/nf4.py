@@ -18,7 +18,7 @@ import numpy as np
 
 from magellano.backend import mx
 from magellano.ops.launch import Kernel
-from magellano.ops.lazy import plain, settle
+from magellano.ops.lazy import detached, plain
 
 _QUANTIZE = Kernel("nf4_quantize", ("w", "borders"), ("codes", "absmax"), exact=True)
 _DEQUANTIZE = Kernel("nf4_dequantize", ("codes", "factor", "values", "size"), ("out",), exact=True)
@@ -195,14 +195,10 @@ def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        y = x @ w.dequantize(x.dtype, after=x).T
-        settle(y)
-        return y
+        return detached(x @ w.dequantize(x.dtype, after=x).T)
 
     @product.vjp
     def product_vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
-        dx = dy @ w.dequantize(dy.dtype, after=dy)
-        settle(dx)
-        return dx
+        return detached(dy @ w.dequantize(dy.dtype, after=dy))
 
     return product(x)

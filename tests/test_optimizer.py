@@ -1,0 +1,121 @@
+"""The optimiser over a tree, the schedule and the clip."""
+
+import math
+
+import numpy as np
+import pytest
+
+from magellano.backend import mx, nn, tree_flatten, tree_unflatten
+from magellano.names import StateDtype
+from magellano.optimizer import AdamW, clip_by_global_norm, cosine_with_warmup
+
+
+def model() -> nn.Module:
+    mx.random.seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def gradients(m: nn.Module, seed: int) -> dict:  # type: ignore[type-arg]
+    x = mx.random.normal((8, 6), key=mx.random.key(seed))
+    return nn.value_and_grad(m, lambda m: m(x).square().mean())(m)[1]
+
+
+def train(optimizer: AdamW, steps: int, first: int = 0, m: nn.Module | None = None) -> nn.Module:
+    m = m or model()
+    for t in range(first, first + steps):
+        optimizer.update(m, gradients(m, t))
+        mx.eval(m.parameters(), optimizer.state)
+    return m
+
+
+def values(m: nn.Module) -> dict[str, np.ndarray]:
+    return {name: np.array(a) for name, a in tree_flatten(m.parameters())}
+
+
+def test_a_step_is_the_formula() -> None:
+    m = model()
+    w, g = values(m), dict(tree_flatten(gradients(m, 0)))
+    optimizer = AdamW(0.01, (0.9, 0.99), 1e-8, 0.1, decays=lambda name: name.endswith("weight"))
+    optimizer.init(m.trainable_parameters())
+    optimizer.update(m, gradients(m, 0))
+    for name, new in values(m).items():
+        grad = np.array(g[name], np.float64)
+        decayed = w[name] * (1 - 0.01 * 0.1) if name.endswith("weight") else w[name]
+        np.testing.assert_allclose(new, decayed - 0.01 * grad / (np.abs(grad) + 1e-8), rtol=1e-4, atol=1e-6)
+    assert optimizer.step.item() == 1
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("state", list(StateDtype))
+def test_state_goes_through_files_and_training_repeats(state: StateDtype, amsgrad: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    def make() -> AdamW:
+        return AdamW(0.01, state=state, seed=5, amsgrad=amsgrad)
+
+    whole = train(make(), 6)
+    first = make()
+    half = train(first, 3)
+    mx.save_safetensors(str(tmp_path / "state.safetensors"), dict(tree_flatten(first.state)))
+    second = make()
+    second.state = tree_unflatten(list(mx.load(str(tmp_path / "state.safetensors")).items()))
+    assert second.step.item() == 3
+    rest = train(second, 3, first=3, m=half)
+    for name, value in values(rest).items():
+        np.testing.assert_array_equal(value, values(whole)[name])
+
+
+def test_16_bit_states_are_16_bits_and_follow_the_seed() -> None:
+    optimizer = AdamW(0.01, state=StateDtype.FLOAT16, seed=1)
+    a = train(optimizer, 4)
+    assert {v.dtype for name, v in optimizer.state.items() if name != "step"} == {mx.float16}
+    same, other = (values(train(AdamW(0.01, state=StateDtype.FLOAT16, seed=s), 4)) for s in (1, 2))
+    assert all((same[name] == value).all() for name, value in values(a).items())
+    assert any((other[name] != value).any() for name, value in same.items())
+
+
+def test_learning_rate_of_a_call_and_factor() -> None:
+    p = {"w": mx.array([1.0, 2.0])}
+    g = {"w": mx.array([4.0, -8.0])}
+    still = AdamW(0.5, weight_decay=0.0).apply_gradients(g, p, learning_rate=0.0)
+    np.testing.assert_array_equal(still["w"], p["w"])
+    a, b = AdamW(0.1), AdamW(0.1)
+    halves = {"w": g["w"] / 2}
+    for _ in range(3):
+        left, right = a.apply_gradients(g, p, factor=0.5), b.apply_gradients(halves, p)
+        np.testing.assert_allclose(left["w"], right["w"], rtol=1e-6)
+
+
+def test_frozen_parts_stay() -> None:
+    m = model()
+    m.layers[0].freeze()
+    before = values(m)
+    train(AdamW(0.01), 2, m=m)
+    after = values(m)
+    assert (before["layers.0.weight"] == after["layers.0.weight"]).all()
+    assert (before["layers.2.weight"] != after["layers.2.weight"]).any()
+
+
+def test_schedule() -> None:
+    lr, warmup, steps, ratio = 2e-3, 10, 110, 0.1
+    rates = [cosine_with_warmup(t, lr, warmup, steps, ratio) for t in range(steps)]
+    np.testing.assert_allclose(rates[:10], [lr * (t + 1) / 10 for t in range(10)])
+    assert rates[10] == pytest.approx(lr)
+    assert rates[-1] == pytest.approx(lr * ratio)
+    middle = 10 + 99 / 2
+    at = cosine_with_warmup(59, lr, warmup, steps, ratio)
+    assert at == pytest.approx(lr * (0.55 + 0.45 * math.cos(math.pi * (59 - 10) / 99)))
+    assert abs(59 - middle) < 1
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert cosine_with_warmup(5000, lr, warmup, steps, ratio) == pytest.approx(lr * ratio)
+    assert cosine_with_warmup(0, lr, 0, 1, ratio) == pytest.approx(lr)
+
+
+def test_clip() -> None:
+    g = {"a": mx.array([3.0]), "b": {"c": mx.array([[4.0]])}}
+    clipped, norm = clip_by_global_norm(g, 1.0)
+    assert norm.item() == pytest.approx(5.0)
+    assert clipped["a"].item() == pytest.approx(0.6)
+    assert clipped["b"]["c"].item() == pytest.approx(0.8)
+    same, _ = clip_by_global_norm(g, 10.0)
+    assert same["a"].item() == 3.0
+    _, bad = clip_by_global_norm({"a": mx.array([float("nan")])}, 1.0)
+    assert math.isnan(bad.item())
