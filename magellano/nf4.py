@@ -67,7 +67,7 @@ class NF4Tensor:
         return nf4.dequantize_blocks(codes, self.factors(), self.size, dtype).reshape(self.shape)
 
     def slices(self, dtype: mx.Dtype = mx.float32) -> Iterator[tuple[int, int, mx.array]]:
-        """(first row, last row + 1, dense rows) over a matrix, some 16 M weights at a time, so that it never exists whole."""
+        """(first row, last row + 1, dense rows) over a matrix, some 16 M weights at a time: never dense as a whole."""
         rows, width = self.shape
         step = max(nf4.BLOCK, _SLICE_VALUES // width // nf4.BLOCK * nf4.BLOCK)  # whole blocks, whatever the width
         factors = self.factors()

@@ -12,6 +12,10 @@ from magellano.ops.adamw import Moments, Step, adamw, hash_u32, numbers
 STEP = "step"
 
 
+def _flat(tree: Any) -> list[tuple[str, mx.array]]:
+    return list(tree_flatten(tree))  # type: ignore[arg-type]
+
+
 class AdamW:
     """AdamW with decoupled weight decay, optional AMSGrad, float32 or float16 states (see magellano/ops/adamw.py).
 
@@ -43,7 +47,7 @@ class AdamW:
 
     @state.setter
     def state(self, tree: Any) -> None:
-        self._state = dict(tree_flatten(tree))
+        self._state = dict(_flat(tree))
 
     @property
     def step(self) -> mx.array:
@@ -53,7 +57,7 @@ class AdamW:
     def init(self, parameters: Any) -> None:
         """Zero states for every array of the tree `parameters`."""
         parts = ("m", "s", "peak") if self.amsgrad else ("m", "s")
-        for name, value in tree_flatten(parameters):
+        for name, value in _flat(parameters):
             for part in parts:
                 self._state[f"{name}.{part}"] = mx.zeros(value.shape, self.dtype)
 
@@ -69,10 +73,8 @@ class AdamW:
         factor: float | mx.array = 1.0,
     ) -> Any:
         """The tree of new parameters after a step. `factor` multiplies every gradient on the way in."""
-        current, grads = dict(tree_flatten(parameters)), tree_flatten(gradients)
-        if missing := next((name for name, _ in grads if f"{name}.m" not in self._state), None):
-            self.init(tree_unflatten([(name, current[name]) for name, _ in grads if f"{name}.m" not in self._state]))
-            assert f"{missing}.m" in self._state
+        current, grads = dict(_flat(parameters)), _flat(gradients)
+        self.init(tree_unflatten([(name, current[name]) for name, _ in grads if f"{name}.m" not in self._state]))
         lr = self.learning_rate if learning_rate is None else learning_rate
         self._state[STEP] = self.step + 1
         with_decay, without = (
@@ -90,7 +92,7 @@ class AdamW:
     def _keys(self, names: list[str]) -> list[mx.array]:
         """One uint32 [1] for each name, from seed, name and step."""
         starts = mx.array([(self.seed ^ zlib.crc32(name.encode())) & 0xFFFFFFFF for name in names], dtype=mx.uint32)
-        return mx.split(hash_u32(hash_u32(starts) + self.step), len(names))
+        return list(mx.split(hash_u32(hash_u32(starts) + self.step), len(names)))
 
     def _moments(self, name: str) -> Moments:
         return Moments(self._state[f"{name}.m"], self._state[f"{name}.s"], self._state.get(f"{name}.peak"))
@@ -102,8 +104,8 @@ class AdamW:
 
 
 def cosine_with_warmup(step: int, lr: float, warmup: int, steps: int, min_ratio: float) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: rises evenly to lr at the last of `warmup` steps, then half a
-    cosine down to lr * min_ratio at the last step (Loshchilov & Hutter 2017, arXiv 1608.03983).
+    """The learning rate of step `step` (from 0) of `steps`: rises evenly to lr at the last of `warmup` steps, then half
+    a cosine down to lr * min_ratio at the last step (Loshchilov & Hutter 2017, arXiv 1608.03983).
     """
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -115,7 +117,7 @@ def clip_by_global_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]
     """Gradients scaled so that their joint norm is at most max_norm, and the norm before, float32 (infinite or NaN if a
     gradient is).
     """
-    squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
+    squares = [g.astype(mx.float32).square().sum() for _, g in _flat(gradients)]
     norm = mx.sqrt(mx.stack(squares).sum())
     factor = max_norm / mx.maximum(norm, max_norm)
     return tree_map(lambda g: (g * factor).astype(g.dtype), gradients), norm

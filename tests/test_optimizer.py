@@ -100,11 +100,9 @@ def test_schedule() -> None:
     np.testing.assert_allclose(rates[:10], [lr * (t + 1) / 10 for t in range(10)])
     assert rates[10] == pytest.approx(lr)
     assert rates[-1] == pytest.approx(lr * ratio)
-    middle = 10 + 99 / 2
     at = cosine_with_warmup(59, lr, warmup, steps, ratio)
     assert at == pytest.approx(lr * (0.55 + 0.45 * math.cos(math.pi * (59 - 10) / 99)))
-    assert abs(59 - middle) < 1
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert (np.diff(rates[10:]) <= 0).all()
     assert cosine_with_warmup(5000, lr, warmup, steps, ratio) == pytest.approx(lr * ratio)
     assert cosine_with_warmup(0, lr, 0, 1, ratio) == pytest.approx(lr)
 

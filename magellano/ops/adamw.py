@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from magellano.backend import mx
-from magellano.ops.host import KERNELS
+from magellano.ops.host import KERNELS, Template
 from magellano.ops.launch import Kernel, gpu_geometry
 from magellano.ops.lazy import plain
 
@@ -42,7 +42,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of one step, float32 [8]: lr, 1 - beta1, 1 - beta2, eps, lr * weight decay, c1, c2 and the factor on the
+    """The numbers of one step, float32 [8]: lr, 1 - beta1, 1 - beta2, eps, lr * weight decay, c1, c2, the factor on the
     gradient (1 / loss scale, times a clip factor). `key`: uint32 [1], for the stochastic rounding.
     """
 
@@ -59,7 +59,7 @@ def numbers(
     weight_decay: float,
     factor: float | mx.array = 1.0,
 ) -> mx.array:
-    """`Step.numbers` of step `step` (from 1). The corrections by expm1: 1 - b^t in float32 loses digits at the start."""
+    """`Step.numbers` of step `step` (from 1). The corrections by expm1: 1 - b^t in float32 loses digits early on."""
     t = step.astype(mx.float32)
     c1 = -1.0 / mx.expm1(t * math.log(beta1)) if beta1 else 1.0
     c2 = mx.rsqrt(-mx.expm1(t * math.log(beta2))) if beta2 else 1.0
@@ -116,12 +116,14 @@ def _kernel(w: mx.array, g: mx.array, moments: Moments, step: Step) -> tuple[mx.
     even = half and w.size % (per_thread * stride) == 0
     kernel = _SIMD8 if even else _V2 if half else _FP32
     threads = w.size // per_thread if even else -(-w.size // _THREADS) * _THREADS
+    template: Template = {"TW": w.dtype, "TS": moments.m.dtype, "AMSGRAD": amsgrad, "EPT": per_thread if even else 1}
+    if even:
+        template = {**template, "STRIDE": stride}
     nothing = mx.zeros((8,), moments.m.dtype)
     arrays = (w, g, moments.m, moments.s, nothing if moments.peak is None else moments.peak)
     new_w, m, s, peak = kernel(
         [*(a.reshape(-1) for a in arrays), step.numbers, step.key],
-        template={"TW": w.dtype, "TS": moments.m.dtype, "AMSGRAD": amsgrad, "EPT": per_thread if even else 1}
-        | ({"STRIDE": stride} if even else {}),
+        template=template,
         grid=(threads, 1, 1),
         threadgroup=(_THREADS, 1, 1),
         host_template={"EPT": _HOST_ELEMENTS},

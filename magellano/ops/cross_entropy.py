@@ -154,7 +154,8 @@ def linear_cross_entropy(
         scaled = [(cotangents[0] * g).astype(a.dtype) for g, a in zip(outputs[1:], arrays, strict=True)]
         return scaled if len(names) > 1 else scaled[0]
 
-    return loss(*(given[name] for name in names))[0]
+    outputs: tuple[mx.array, ...] = loss(*(given[name] for name in names))  # type: ignore[assignment]
+    return outputs[0]
 
 
 @dataclass
@@ -223,12 +224,14 @@ def token_scores(
     b_Vr: mx.array | None = None,
     chunk: int = 512,
 ) -> tuple[mx.array, mx.array]:
-    """-log softmax(x w^T + u b^T)[m, target[m]] in nats, float32 [M], and whether no other class scored as high, bool [M].
+    """-log softmax(x w^T + u b^T)[m, target[m]] in nats, float32 [M]; whether no other class scored as high, bool [M].
 
     No gradient. Rows of weight 0 give 0 and False; other weights change nothing.
     """
     w_VD, target_M, weight_M = _prepare(x_MD, w_VD, target_M, weight_M)
-    head, nll, correct = _Head(w_VD, b_Vr), [], []
+    head = _Head(w_VD, b_Vr)
+    nll: list[mx.array] = []
+    correct: list[mx.array] = []
     for i in range(0, x_MD.shape[0], chunk):
         at = slice(i, i + chunk)
         parts = head.logits(

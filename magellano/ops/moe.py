@@ -64,7 +64,8 @@ def _dense(x_SD: mx.array, w_EFD: mx.array, sizes: list[int]) -> mx.array:
         dw = {e: dy_SF[rows].T @ x_SD[rows] for e, rows in groups}
         return dx_SD, mx.stack([dw[e] if e in dw else mx.zeros((F, D), w_EFD.dtype) for e in range(len(sizes))])
 
-    return product(x_SD, w_EFD)
+    y_SF: mx.array = product(x_SD, w_EFD)  # type: ignore[assignment]
+    return y_SF
 
 
 def _quantized(x_SD: mx.array, w_EFD: Sequence[Quantized], sizes: list[int]) -> mx.array:
@@ -86,4 +87,5 @@ def _quantized(x_SD: mx.array, w_EFD: Sequence[Quantized], sizes: list[int]) -> 
     def product_vjp(x_SD: mx.array, dy_SF: mx.array, _: mx.array) -> mx.array:
         return _join(one_by_one(dy_SF, transpose=False), D, dy_SF.dtype)
 
-    return product(x_SD)
+    y_SF: mx.array = product(x_SD)  # type: ignore[assignment]
+    return y_SF

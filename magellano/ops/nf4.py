@@ -189,8 +189,8 @@ def _dequantize_reference(codes_C: mx.array, factor_P: mx.array, count: int, dty
 
 
 def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
-    """x_..I W_OI^T in x's dtype, W frozen: the gradient goes to x alone. W is dequantised again in the backward pass, so
-    that its dense form never outlives one product.
+    """x_..I W_OI^T in x's dtype, W frozen: the gradient goes to x alone. W is dequantised again in the backward pass,
+    so that its dense form never outlives one product.
     """
 
     @mx.custom_function
@@ -201,4 +201,5 @@ def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
     def product_vjp(x: mx.array, dy: mx.array, _: mx.array) -> mx.array:
         return detached(dy @ w.dequantize(dy.dtype, after=dy))
 
-    return product(x)
+    y: mx.array = product(x)  # type: ignore[assignment]
+    return y

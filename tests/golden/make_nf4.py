@@ -3,9 +3,9 @@
     pip install torch==2.13.0 bitsandbytes==0.50.2 numpy safetensors     (in an environment of its own)
     python tests/golden/make_nf4.py
 
-bitsandbytes' CPU path misses the nearest 8-bit code of a block's scale in about 0.2 % of the blocks. So its codes, maxima and
-their mean are kept as they are, and the dequantised values are made by its own code from the scales that it chose. Rows whose
-length is even but no multiple of 64 are left out: there its CPU kernel takes the factor of the wrong block.
+bitsandbytes' CPU path misses the nearest 8-bit code of a block's scale in about 0.2 % of the blocks. So its codes,
+maxima and their mean are kept as they are; the dequantised values are made by its own code from the scales it chose.
+Rows whose length is even but no multiple of 64 are left out: there its CPU kernel takes the factor of the wrong block.
 """
 
 from pathlib import Path
@@ -32,7 +32,9 @@ def main() -> None:
     for name, shape in SIZES.items():
         w = values(name, shape, rng)
         codes, state = bnb.quantize_4bit(torch.from_numpy(w), blocksize=64, compress_statistics=True, quant_type="nf4")
-        plain, single = bnb.quantize_4bit(torch.from_numpy(w), blocksize=64, compress_statistics=False, quant_type="nf4")
+        plain, single = bnb.quantize_4bit(
+            torch.from_numpy(w), blocksize=64, compress_statistics=False, quant_type="nf4"
+        )
         assert torch.equal(plain, codes)
         tensors |= {
             f"{name}.w": w,

@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes' own results (tests/golden/make_nf4.py), in every dialect, and the product against float64."""
+"""NF4 against bitsandbytes' own results (tests/golden/make_nf4.py), in every dialect; the product against float64."""
 
 from pathlib import Path
 
