@@ -58,7 +58,7 @@ class Mamba(nn.Module):
         x_BTI, z_BTI = mx.split(self.in_proj(u_BTD), 2, axis=-1)
         # 2. a short causal convolution per channel, then silu
         x_BTI = causal_conv(
-            x_BTI, self.conv1d.weight[:, 0, :], self.conv1d.bias, reset_BT, state_BKI=conv_BKI, return_state=keep
+            x_BTI, self.conv1d.weight[:, 0, :], self.conv1d.bias, reset_BT, state=conv_BKI, return_state=keep
         )
         if keep:
             x_BTI, conv_BKI = x_BTI
@@ -69,7 +69,7 @@ class Mamba(nn.Module):
         A_IN = -mx.exp(self.A_log.astype(mx.float32))
         y_BTI = selective_scan(
             x_BTI, dt_BTI, A_IN, b_BTN, c_BTN, self.D, z_BTI, self.dt_proj.bias, reset_BT,
-            state_BIN=scan_BIN, return_state=keep, frozen_parameters="A_log" not in self.trainable_parameters(),
+            state=scan_BIN, return_state=keep, frozen_parameters="A_log" not in self.trainable_parameters(),
         )  # fmt: skip
         if keep:
             y_BTI, scan_BIN = y_BTI

@@ -14,6 +14,7 @@ from magellano.moe import MoE
 from magellano.names import LayerKind
 from magellano.ops import linear_cross_entropy, token_scores
 from magellano.profile import ModelConfig
+from magellano.recompute import recomputed
 
 Source = Callable[[ParamSpec], Weight]  # where weights come from: a seed, or files
 
@@ -97,8 +98,7 @@ class MagellanoLM(nn.Module):
         h_BTD = self.backbone.embeddings(tokens_BT).astype(self.compute)
         losses = mx.zeros((2,))
         for layer in self.backbone.layers:
-            call = nn.utils.checkpoint(layer) if self.checkpointing else layer
-            h_BTD, more = call(h_BTD, reset_BT)
+            h_BTD, more = recomputed(layer, h_BTD, reset_BT) if self.checkpointing else layer(h_BTD, reset_BT)
             losses = losses + more
         return self.backbone.norm_f(h_BTD), losses
 

@@ -18,11 +18,11 @@ _THREADS = 128  # of a threadgroup on a GPU
 
 
 def causal_conv(
-    x_BTI: mx.array,
-    weight_IK: mx.array,
-    bias_I: mx.array,
-    reset_BT: mx.array | None = None,
-    state_BKI: mx.array | None = None,
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    reset: mx.array | None = None,
+    state: mx.array | None = None,
     return_state: bool = False,
     frozen_parameters: bool = False,
 ) -> mx.array | tuple[mx.array, mx.array]:
@@ -36,7 +36,7 @@ def causal_conv(
     then zero and cost nothing. Inside mx.compile or mx.vmap on a CPU, where kernels cannot run, it is the reference.
     Raises ValueError for an argument of a wrong shape.
     """
-    arrays = (x_BTI, weight_IK, bias_I, reset_BT, state_BKI)
+    arrays = (x, weight, bias, reset, state)
     given = {name: array for name, array in zip(_INPUTS, arrays, strict=True) if array is not None}
     _check(given)
     chosen = launch.dialect()
@@ -45,7 +45,7 @@ def causal_conv(
     else:
         y_BTI = _fast(given, frozen_parameters)
     if return_state:
-        return y_BTI, _rolled(x_BTI, weight_IK.shape[1], reset_BT, state_BKI)
+        return y_BTI, _rolled(x, weight.shape[1], reset, state)
     return y_BTI
 
 

@@ -20,16 +20,16 @@ _NOTHING = (8,)  # the shape that stands in for an array that is not there
 
 
 def selective_scan(
-    x_BTI: mx.array,
-    dt_BTI: mx.array,
-    A_IN: mx.array,
-    b_BTN: mx.array,
-    c_BTN: mx.array,
-    skip_I: mx.array | None = None,
-    z_BTI: mx.array | None = None,
-    dt_bias_I: mx.array | None = None,
-    reset_BT: mx.array | None = None,
-    state_BIN: mx.array | None = None,
+    x: mx.array,
+    dt: mx.array,
+    A: mx.array,
+    b: mx.array,
+    c: mx.array,
+    skip: mx.array | None = None,
+    z: mx.array | None = None,
+    dt_bias: mx.array | None = None,
+    reset: mx.array | None = None,
+    state: mx.array | None = None,
     return_state: bool = False,
     frozen_parameters: bool = False,
 ) -> mx.array | tuple[mx.array, mx.array]:
@@ -37,14 +37,14 @@ def selective_scan(
     dt_bias is given and dt if not; with z, y_t is multiplied by silu(z_t).
 
     reset: non-zero where a document starts; the state before that step is zero. state: the state before the first
-    step, zero by default. Returns y_BTI in x's dtype, and with return_state also the last state_BIN in float32. All is
+    step, zero by default. Returns y_BTI in x's dtype, and with return_state also the last state in float32. All is
     float32 inside; float32, float16 and bfloat16 inputs may mix.
 
     Differentiable once, in every input but reset. frozen_parameters: A, skip and dt_bias are constants; their gradients
     are then zero and cost nothing. Equal inputs give equal bits. On a CPU it computes at once: inside mx.compile or
     mx.vmap it raises TracedError. Raises ValueError for an argument of a wrong shape.
     """
-    arrays = (x_BTI, dt_BTI, A_IN, b_BTN, c_BTN, skip_I, z_BTI, dt_bias_I, reset_BT, state_BIN)
+    arrays = (x, dt, A, b, c, skip, z, dt_bias, reset, state)
     given = {name: array for name, array in zip(_INPUTS, arrays, strict=True) if array is not None}
     _check(given)
     if launch.dialect() is Dialect.REFERENCE:

@@ -129,7 +129,7 @@ def test_streaming_equals_the_whole(dialect: str) -> None:
 
     def convolve(first: int, last: int, state: mx.array) -> tuple[mx.array, mx.array]:
         part = v["x"][:, first:last], v["weight"], v["bias"], reset[:, first:last]
-        return causal_conv(*part, state_BKI=state, return_state=True)  # type: ignore[return-value]
+        return causal_conv(*part, state=state, return_state=True)  # type: ignore[return-value]
 
     y_whole, state_whole = convolve(0, 21, v["state"])
     ys, state = [], v["state"]

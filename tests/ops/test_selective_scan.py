@@ -86,9 +86,7 @@ def run(v: dict[str, np.ndarray], dtype: mx.Dtype = mx.float32, **options: Any) 
     def call(*args: mx.array) -> tuple[mx.array, ...]:
         given = dict(zip(names, args, strict=True))
         plain = [given.pop(name) for name in PLAIN]
-        suffix = {"skip": "skip_I", "z": "z_BTI", "dt_bias": "dt_bias_I", "state": "state_BIN"}
-        optional = {suffix[name]: a for name, a in given.items()}
-        return selective_scan(*plain, reset_BT=reset, return_state=True, **optional, **options)  # type: ignore
+        return selective_scan(*plain, reset=reset, return_state=True, **given, **options)  # type: ignore
 
     dstate_out = v.get("dstate_out", np.zeros((v["x"].shape[0], *v["A"].shape)))
     (y, state_out), grads = mx.vjp(call, arrays, [mx.array(v["dy"]).astype(dtype), mx.array(dstate_out, mx.float32)])
@@ -179,7 +177,7 @@ def test_streaming_equals_the_whole(dialect: str) -> None:
 
     def scan(first: int, last: int, state: mx.array) -> tuple[mx.array, mx.array]:
         x, dt, b, c, z = (v[name][:, first:last] for name in plain)
-        out = selective_scan(x, dt, v["A"], b, c, v["skip"], z, v["dt_bias"], state_BIN=state, return_state=True)
+        out = selective_scan(x, dt, v["A"], b, c, v["skip"], z, v["dt_bias"], state=state, return_state=True)
         assert isinstance(out, tuple)
         return out
 
@@ -249,8 +247,8 @@ def test_inside_compile_the_host_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize(("name", "shape"), [
-    ("x", (2, 4)), ("dt", (2, 4, 9)), ("A", (7, 16)), ("b", (2, 4, 15)), ("c", (1, 4, 16)), ("skip_I", (9,)),
-    ("z_BTI", (2, 5, 8)), ("dt_bias_I", (1, 8)), ("reset_BT", (2, 3)), ("state_BIN", (2, 16, 8)),
+    ("x", (2, 4)), ("dt", (2, 4, 9)), ("A", (7, 16)), ("b", (2, 4, 15)), ("c", (1, 4, 16)), ("skip", (9,)),
+    ("z", (2, 5, 8)), ("dt_bias", (1, 8)), ("reset", (2, 3)), ("state", (2, 16, 8)),
 ])  # fmt: skip
 def test_a_wrong_shape_is_named(name: str, shape: tuple[int, ...]) -> None:
     arrays = dict(

@@ -1,0 +1,39 @@
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): a layer's intermediates are made again in the backward pass.
+
+`mx.checkpoint` alone saves nothing where operations must compute at once, as on a CPU: inside mx.grad MLX keeps what every
+computed array was made of. So each layer runs on arrays that are cut loose (`detached`), forward and backward.
+"""
+
+from typing import Any
+
+from magellano.backend import mx, nn, tree_flatten, tree_unflatten
+from magellano.ops.lazy import detached
+
+
+def recomputed(layer: nn.Module, h: mx.array, *constants: mx.array) -> tuple[mx.array, ...]:
+    """layer(h, *constants), a tuple of arrays, holding only h and the outputs for the backward pass.
+
+    Differentiable in h and the layer's trainable parameters, not in `constants`.
+    """
+    trainable = tree_flatten(layer.trainable_parameters())
+    names, values = [name for name, _ in trainable], [value for _, value in trainable]
+
+    def call(h: mx.array, *parameters: mx.array) -> tuple[mx.array, ...]:
+        layer.update(tree_unflatten(list(zip(names, parameters, strict=True))))
+        try:
+            return tuple(layer(h, *constants))
+        finally:
+            layer.update(tree_unflatten(trainable))
+
+    @mx.custom_function
+    def run(*arrays: mx.array) -> tuple[mx.array, ...]:
+        return tuple(detached(y) for y in call(*map(detached, arrays)))
+
+    @run.vjp
+    def run_vjp(primals: Any, cotangents: Any, _: Any) -> Any:
+        primals = primals if isinstance(primals, list | tuple) else [primals]
+        _, gradients = mx.vjp(call, [detached(a) for a in primals], [detached(a) for a in cotangents])
+        found = [detached(g) for g in gradients]
+        return found if len(found) > 1 else found[0]
+
+    return tuple(run(h, *values))
