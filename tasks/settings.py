@@ -31,11 +31,12 @@ def environment() -> dict[str, str]:
 
 
 def prepare() -> None:
-    """Set what is not set yet, and show failures that are no bug without their traceback."""
+    """Set what is not set yet, and log failures that are no bug in one line at most."""
     for name, value in environment().items():
         os.environ.setdefault(name, value)
     if "PREFECT_HOME" in os.environ:
-        artifacts.private_folder(Path(os.environ["PREFECT_HOME"]).expanduser())  # Prefect itself would not make the folders above it
+        # Prefect makes the last folder alone, and its in-process server waits for three minutes where that fails.
+        artifacts.private_folder(Path(os.environ["PREFECT_HOME"]).expanduser())
     logging.getLogger("magellano").setLevel(logging.INFO)
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_one_line)
@@ -60,8 +61,12 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _one_line(record: logging.LogRecord) -> bool:
-    """A logging filter that keeps every record, and takes the traceback from those of expected failures."""
+    """A logging filter: an expected failure is logged as its one line, without the traceback.
+
+    In a plain process it is not logged at all, nor a final state: the caller of the flow gets the exception and tells it.
+    """
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     if isinstance(error, EXPECTED):
         record.msg, record.args, record.exc_info = str(error), (), None
-    return True
+        return in_worker()
+    return in_worker() or not record.getMessage().startswith("Finished in state")

@@ -65,9 +65,18 @@ def test_prefect_knows_every_setting() -> None:
 
 
 @pytest.mark.parametrize(("error", "kept"), [(InputError("one line"), False), (KeyError("a bug"), True)])
-def test_expected_failures_lose_their_traceback(error: Exception, kept: bool) -> None:
+def test_expected_failures_lose_their_traceback(error: Exception, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "x")
     record = logging.LogRecord("x", logging.ERROR, "x", 1, "failed: %r", (error,), (type(error), error, None))
     for filter_ in logging.getLogger("prefect.task_runs").filters:
         assert filter_(record) if callable(filter_) else filter_.filter(record)
     assert bool(record.exc_info) == kept
     assert record.getMessage() == (f"failed: {error!r}" if kept else "one line")
+
+
+@pytest.mark.parametrize(("error", "logged"), [(InputError("one line"), False), (KeyError("a bug"), True)])
+def test_in_a_plain_process_the_caller_tells_expected_failures(error: Exception, logged: bool) -> None:
+    record = logging.LogRecord("x", logging.ERROR, "x", 1, "failed: %r", (error,), (type(error), error, None))
+    verdicts = [f(record) if callable(f) else f.filter(record) for f in logging.getLogger("prefect.flow_runs").filters]
+    assert verdicts
+    assert all(verdicts) == logged
