@@ -63,7 +63,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 def _one_line(record: logging.LogRecord) -> bool:
     """A logging filter: an expected failure is logged as its one line, without the traceback.
 
-    In a plain process it is not logged at all, nor a final state: the caller of the flow gets the exception and tells it.
+    In a plain process it is not logged at all, nor a final state: who called the flow gets the exception and tells it.
     """
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     if isinstance(error, EXPECTED):
