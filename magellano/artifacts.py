@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from magellano import disk, durable
-from magellano.names import Stage
+from magellano.names import METRICS, Stage
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def stage_key(stage: Stage, version: int, config: Mapping[str, Any], inputs: Inp
 
 def content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
     """SHA-256 over names and SHA-256s of a manifest's files: the content, not when or by whom it was made."""
-    listed = sorted((name, facts["sha256"]) for name, facts in files.items())
+    listed = sorted((name, facts["sha256"]) for name, facts in files.items() if name != METRICS)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 

@@ -2,9 +2,9 @@
 `from magellano.backend import mx, nn`; a test holds that no file imports `mlx` on its own.
 
 On a Linux CPU three things decide the speed, all measured:
-- MLX's wheel links the reference BLAS: 5 GFLOP/s in float32 on two cores. A BLAS loaded first with RTLD_GLOBAL takes the
-  `cblas_*` calls over: pip's MKL gives 150 GFLOP/s. Float16 and bfloat16 products do not go through BLAS at all, so a CPU
-  computes in float32.
+- MLX's wheel links the reference BLAS: 5 GFLOP/s in float32 on two cores. A BLAS loaded first with RTLD_GLOBAL takes
+  the `cblas_*` calls over: pip's MKL gives 150 GFLOP/s. Float16 and bfloat16 products do not go through BLAS at all, so
+  a CPU computes in float32.
 - glibc hands blocks over 32 MB back to the system, so each large array page-faults anew. Two `mallopt` calls keep them.
 - MKL and our host kernels must share one OpenMP runtime, GNU's, or their threads fight over the cores.
 On macOS none of this applies: MLX brings Accelerate and Metal.
@@ -17,6 +17,7 @@ import platform
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -102,7 +103,7 @@ def describe() -> dict[str, str]:
     return {
         "backend": kind,
         "device": str(device.get("device_name", platform.processor() or platform.machine())),
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "blas": BLAS.name if not on_gpu() else "-",
         "why": BLAS.why if not on_gpu() else f"MLX's default device is {mx.default_device()}",
         "compute": "bfloat16" if on_gpu() else "float32 (16-bit products on a CPU do not go through BLAS)",

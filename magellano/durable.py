@@ -37,7 +37,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 
 def seal(folder: Path, name: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """fsync every file, read it back, write `name` = facts + {"files": {path: {bytes, sha256}}} last. Returns what was written."""
+    """fsync every file, read it back, write `name` = facts + {"files": {path: {bytes, sha256}}} last and return it."""
     listed = {}
     for path in files_of(folder):
         os.chmod(path, 0o600)

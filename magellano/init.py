@@ -1,4 +1,6 @@
-"""Seeded initial weights, one tensor at a time: each depends on (seed, its name) alone, so any part can be made without the rest."""
+"""Seeded initial weights, one tensor at a time: each depends on (seed, its name) alone, so any part can be made
+without the rest.
+"""
 
 import hashlib
 import math

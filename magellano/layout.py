@@ -1,7 +1,8 @@
 """The parameters of a model by name and shape, from the config alone: nothing is allocated.
 
-The one source for counting, seeded initial weights, checking files, choosing what is quantised or adapted, and memory plans.
-Names and shapes are those of `transformers.MambaForCausalLM`; the MoE layers add `router` and `experts` under `mixer`.
+The one source for counting, seeded initial weights, checking files, choosing what is quantised or adapted, and memory
+plans. Names and shapes are those of `transformers.MambaForCausalLM`; the MoE layers add `router` and `experts` under
+`mixer`.
 """
 
 import math
@@ -34,7 +35,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     init: Init = Init.NORMAL
     scale: float = 1.0
-    target: LoraTarget | None = None  # the adapter that may sit on it; such matrices are quantised, all others stay as they are
+    target: LoraTarget | None = None  # the adapter that may sit on it; matrices with one are quantised
 
     @property
     def size(self) -> int:

@@ -1,7 +1,7 @@
 """Projections that may be dense or NF4, with or without an adapter: y = x W^T + s (x A^T) B^T.
 
-QLoRA (Dettmers et al. 2023, arXiv 2305.14314): W is frozen in 4 bits and dequantised on the fly, only A and B train (Hu et al.
-2021, arXiv 2106.09685). Dense W trains in full.
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314): W is frozen in 4 bits and dequantised on the fly, only A and B train
+(Hu et al. 2021, arXiv 2106.09685). Dense W trains in full.
 
 Shapes: I in, O out, r rank, E experts, M rows, S rows sorted by expert, V vocabulary, D d_model.
 """
@@ -13,6 +13,20 @@ from magellano.nf4 import NF4Tensor
 from magellano.ops import grouped_matmul, nf4_matmul
 
 Weight = mx.array | NF4Tensor | Sequence[NF4Tensor]
+
+
+def array(weight: Weight) -> mx.array:
+    """A weight that is never quantised: norms, biases, convolutions, A_log, D, routers."""
+    assert isinstance(weight, mx.array)
+    return weight
+
+
+def matmul(x: mx.array, weight: Weight) -> mx.array:
+    """x_..I W_OI^T in x's dtype, W dense or NF4."""
+    if isinstance(weight, mx.array):
+        return x @ weight.astype(x.dtype).T
+    assert isinstance(weight, NF4Tensor)
+    return nf4_matmul(x, weight)
 
 
 class Adapted(nn.Module):
@@ -29,7 +43,7 @@ class Adapted(nn.Module):
     @property
     def base(self) -> Weight:
         """The base weight, dense or quantised."""
-        return self["weight"] if "weight" in self else self.quantized
+        return self.quantized if "weight" not in self else array(self["weight"])
 
     @property
     def adapted(self) -> bool:
@@ -44,8 +58,7 @@ class Projection(Adapted):
     """y_..O = x_..I W_OI^T, without bias."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        base = self.base
-        y = nf4_matmul(x, base) if isinstance(base, NF4Tensor) else x @ base.astype(x.dtype).T
+        y = matmul(x, self.base)
         if self.adapted:
             u = x @ self.lora_a.astype(x.dtype).T
             y = y + (self.lora_scale * u) @ self.lora_b.astype(x.dtype).T
@@ -57,6 +70,7 @@ class ExpertProjection(Adapted):
 
     def __call__(self, x_SI: mx.array, sizes: list[int]) -> mx.array:
         base = self.base
+        assert not isinstance(base, NF4Tensor)
         y_SO = grouped_matmul(x_SI, base.astype(x_SI.dtype) if isinstance(base, mx.array) else base, sizes)
         if self.adapted:
             u_Sr = grouped_matmul(x_SI, self.lora_a.astype(x_SI.dtype), sizes)
@@ -69,21 +83,22 @@ class Embedding(Adapted):
 
     def __call__(self, tokens_BT: mx.array) -> mx.array:
         base = self.base
-        assert not isinstance(base, Sequence)
+        assert isinstance(base, mx.array | NF4Tensor)
         h_BTD = base.rows(tokens_BT) if isinstance(base, NF4Tensor) else base[tokens_BT]
         if self.adapted:
             h_BTD = h_BTD + (self.lora_scale * self.lora_b[tokens_BT]) @ self.lora_a
         return h_BTD
 
-    def head(self, h: mx.array) -> tuple[mx.array, Weight, mx.array | None, mx.array | None]:
+    def head(self, h: mx.array) -> tuple[mx.array, mx.array | NF4Tensor, mx.array | None, mx.array | None]:
         """What the loss needs: (h, W, u, B) with logits = h W^T + u B^T; u and B are None without an adapter."""
+        base = self.base
+        assert isinstance(base, mx.array | NF4Tensor)
         if not self.adapted:
-            return h, self.base, None, None
-        u = self.lora_scale * (h @ self.lora_a.astype(h.dtype).T)
-        return h, self.base, u, self.lora_b
+            return h, base, None, None
+        return h, base, self.lora_scale * (h @ self.lora_a.astype(h.dtype).T), self.lora_b
 
     def logits(self, h: mx.array) -> mx.array:
         """Logits [.., V] of h [.., D]: for a few rows, as in generation; the loss never makes them all."""
         h, base, u, b = self.head(h)
-        y = nf4_matmul(h, base) if isinstance(base, NF4Tensor) else h @ base.astype(h.dtype).T
-        return y if u is None else y + u @ b.astype(h.dtype).T
+        y = matmul(h, base)
+        return y if u is None or b is None else y + u @ b.astype(h.dtype).T

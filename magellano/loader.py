@@ -1,7 +1,7 @@
 """Model folders in Hugging Face's habit: config.json, model.safetensors or shards with an index; dense or NF4.
 
-A quantised matrix NAME is stored as NAME.codes, NAME.scale_codes, NAME.scale_absmax, NAME.scale_offset; an expert stack has
-each part stacked along the first axis.
+A quantised matrix NAME is stored as NAME.codes, NAME.scale_codes, NAME.scale_absmax, NAME.scale_offset; an expert
+stack has each part stacked along the first axis.
 """
 
 import json
@@ -17,12 +17,13 @@ from magellano.linear import Weight
 from magellano.model import MagellanoLM, Source
 from magellano.nf4 import NF4Tensor
 from magellano.profile import ModelConfig
+from magellano.tensors import load_file
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 1 << 30  # a shard is closed once it is larger
 
 
-def write_model(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, mx.array]], quantized: bool, facts: dict[str, Any]) -> None:
+def write_model(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, mx.array]], quantized: bool) -> None:
     """Stream (name, tensor) pairs into safetensors shards; at most one shard is held. Then index and config.json."""
     shard: dict[str, mx.array] = {}
     where: dict[str, int] = {}
@@ -50,7 +51,6 @@ def write_model(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, 
         "model_type": "magellano",
         "model": config.model_dump(mode="json"),
         "quantization": "nf4" if quantized else None,
-        **facts,
     }
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -82,7 +82,7 @@ class Files:
         for file in files:
             if Path(file).name != file or not (folder / file).is_file():
                 raise InputError(f"{folder / INDEX}: shard {file!r} is not there")
-            self._lazy |= mx.load(str(folder / file))
+            self._lazy |= load_file(folder / file)
 
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> mx.array:
         """The tensor `name`, evaluated (mx.load alone is lazy) and no longer held here."""

@@ -5,6 +5,7 @@ LoRA (Hu et al. 2021, arXiv 2106.09685): A starts uniform in +-1/sqrt(in), B at 
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from magellano import init
@@ -13,7 +14,9 @@ from magellano.errors import InputError
 from magellano.layout import EMBEDDING, ParamSpec, lora_shapes, parameters
 from magellano.linear import Adapted
 from magellano.model import MagellanoLM
+from magellano.names import LoraTarget
 from magellano.profile import LoraConfig, ModelConfig
+from magellano.tensors import load_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's file names
 PREFIX = "base_model.model."
@@ -40,7 +43,9 @@ def attach(model: MagellanoLM, lora: LoraConfig, tensors: dict[str, mx.array]) -
         for name, shape in ((f"{path}.lora_a", a_shape), (f"{path}.lora_b", b_shape)):
             if name not in tensors or tuple(tensors[name].shape) != shape:
                 found = tensors[name].shape if name in tensors else "nothing"
-                raise InputError(f"adapter: {name} should have shape {shape}, found {found}; attach it to the model it was made for")
+                raise InputError(
+                    f"adapter: {name} should have shape {shape}, found {found}; attach it to the model it was made for"
+                )
         module = find(model, path)
         module.attach(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], lora.alpha / lora.rank_of(_target(spec)))
         module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
@@ -61,8 +66,8 @@ def module_path(spec: ParamSpec) -> str:
     return spec.name.removesuffix(".weight")
 
 
-def save(folder: Path, config: ModelConfig, lora: LoraConfig, tensors: dict[str, mx.array], base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT names them; experts are unrolled, one pair each."""
+def save(folder: Path, config: ModelConfig, lora: LoraConfig, tensors: dict[str, mx.array], base: str = "") -> None:
+    """Write adapter_config.json and adapter_model.safetensors as PEFT names them, experts one by one."""
     out = {}
     for name, value in tensors.items():
         path, part = name.rsplit(".", 1)
@@ -95,7 +100,7 @@ def load(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.ar
         raise InputError(f"{folder}: no {CONFIG}; not an adapter folder") from None
     except (KeyError, ValueError) as e:
         raise InputError(f"{folder / CONFIG}: not an adapter made here: {e}") from None
-    files = mx.load(str(folder / WEIGHTS))
+    files = dict(load_file(folder / WEIGHTS))
     tensors = {}
     for spec, a_shape, b_shape in _targets(config, lora):
         path = module_path(spec)
@@ -109,13 +114,13 @@ def load(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.ar
     return lora, tensors
 
 
-def _targets(config: ModelConfig, lora: LoraConfig):
+def _targets(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[ParamSpec, tuple[int, ...], tuple[int, ...]]]:
     for spec in parameters(config):
         if shapes := lora_shapes(spec, lora):
             yield spec, *shapes
 
 
-def _target(spec: ParamSpec):
+def _target(spec: ParamSpec) -> LoraTarget:
     assert spec.target is not None
     return spec.target
 
@@ -130,6 +135,6 @@ def _peft_paths(path: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{stem}.{e}.{matrix}" for e in range(shape[0])]
 
 
-def _unrolled(path: str, value: mx.array):
+def _unrolled(path: str, value: mx.array) -> Iterator[tuple[str, mx.array]]:
     names = _peft_paths(path, tuple(value.shape))
     return zip(names, [value[e] for e in range(len(names))] if value.ndim == 3 else [value], strict=True)

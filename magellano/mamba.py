@@ -7,16 +7,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from magellano.backend import mx, nn
-from magellano.linear import Projection, Weight
+from magellano.linear import Projection, Weight, array
 from magellano.ops import causal_conv, selective_scan
 from magellano.profile import ModelConfig
 
 
 class MambaState(NamedTuple):
-    """What a layer remembers between calls when tokens stream: the last K-1 inputs of the convolution and the scan's state."""
+    """What a layer remembers when tokens stream: the convolution's last K-1 inputs and the scan's state."""
 
     conv_BKI: mx.array  # [B, K-1, I]
     scan_BIN: mx.array  # float32
+
+
+def _with_state(result: mx.array | tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array | None]:
+    """What an operation returns with and without return_state, in one form."""
+    return result if isinstance(result, tuple) else (result, None)
 
 
 class Conv1d(nn.Module):
@@ -42,14 +47,16 @@ class Mamba(nn.Module):
         super().__init__()
         self.config = config
         self.in_proj = Projection(get("in_proj.weight"))
-        self.conv1d = Conv1d(get("conv1d.weight"), get("conv1d.bias"))
+        self.conv1d = Conv1d(array(get("conv1d.weight")), array(get("conv1d.bias")))
         self.x_proj = Projection(get("x_proj.weight"))
-        self.dt_proj = DtProjection(get("dt_proj.weight"), get("dt_proj.bias"))
-        self.A_log = get("A_log")
-        self.D = get("D")
+        self.dt_proj = DtProjection(get("dt_proj.weight"), array(get("dt_proj.bias")))
+        self.A_log = array(get("A_log"))
+        self.D = array(get("D"))
         self.out_proj = Projection(get("out_proj.weight"))
 
-    def __call__(self, u_BTD: mx.array, reset_BT: mx.array | None = None, state: MambaState | None = None):
+    def __call__(
+        self, u_BTD: mx.array, reset_BT: mx.array | None = None, state: MambaState | None = None
+    ) -> tuple[mx.array, MambaState | None]:
         """Returns y_BTD, and the state after the last step where one was given."""
         r, n = self.config.dt_rank, self.config.d_state
         keep = state is not None
@@ -57,25 +64,23 @@ class Mamba(nn.Module):
         # 1. two streams of width I
         x_BTI, z_BTI = mx.split(self.in_proj(u_BTD), 2, axis=-1)
         # 2. a short causal convolution per channel, then silu
-        x_BTI = causal_conv(
-            x_BTI, self.conv1d.weight[:, 0, :], self.conv1d.bias, reset_BT, state=conv_BKI, return_state=keep
+        x_BTI, conv_BKI = _with_state(
+            causal_conv(x_BTI, self.conv1d.weight[:, 0, :], self.conv1d.bias, reset_BT, conv_BKI, return_state=keep)
         )
-        if keep:
-            x_BTI, conv_BKI = x_BTI
         # 3. the step size and the input and output maps of the state depend on the token
         dt_BTR, b_BTN, c_BTN = mx.split(self.x_proj(x_BTI), [r, r + n], axis=-1)
         dt_BTI = self.dt_proj(dt_BTR)
         # 4. the selective scan, gated by silu(z)
         A_IN = -mx.exp(self.A_log.astype(mx.float32))
-        y_BTI = selective_scan(
-            x_BTI, dt_BTI, A_IN, b_BTN, c_BTN, self.D, z_BTI, self.dt_proj.bias, reset_BT,
-            state=scan_BIN, return_state=keep, frozen_parameters="A_log" not in self.trainable_parameters(),
+        y_BTI, scan_BIN = _with_state(
+            selective_scan(
+                x_BTI, dt_BTI, A_IN, b_BTN, c_BTN, self.D, z_BTI, self.dt_proj.bias, reset_BT, scan_BIN,
+                return_state=keep, frozen_parameters="A_log" not in self.trainable_parameters(),
+            )
         )  # fmt: skip
-        if keep:
-            y_BTI, scan_BIN = y_BTI
         # 5. back to the residual width
         y_BTD = self.out_proj(y_BTI)
-        return (y_BTD, MambaState(conv_BKI, scan_BIN)) if keep else y_BTD
+        return y_BTD, None if conv_BKI is None or scan_BIN is None else MambaState(conv_BKI, scan_BIN)
 
     def initial_state(self, batch: int, dtype: mx.Dtype) -> MambaState:
         c = self.config

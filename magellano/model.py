@@ -1,4 +1,4 @@
-"""The Mamba-MoE language model: embed -> for each layer h = h + mixer(rmsnorm(h)) -> rmsnorm -> tied head. No attention.
+"""The Mamba-MoE language model: embed -> for each layer h = h + mixer(rmsnorm(h)) -> rmsnorm -> tied head.
 
 Shapes: B batch, T time, D d_model, V vocabulary, M = B*T.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from magellano import init
 from magellano.backend import mx, nn
 from magellano.layout import EMBEDDING, ParamSpec, layer_parameters, parameters
-from magellano.linear import Embedding, Weight
+from magellano.linear import Embedding, Weight, array
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE
 from magellano.names import LayerKind
@@ -43,24 +43,24 @@ class Layer(nn.Module):
         specs = {spec.name: spec for spec in layer_parameters(config, index)}
         at = f"backbone.layers.{index}."
         self.kind = config.kind(index)
-        self.norm = RMSNorm(source(specs[at + "norm.weight"]), config.norm_eps)
-        mixer = Mamba if self.kind is LayerKind.MAMBA else MoE
-        self.mixer = mixer(config, lambda name: source(specs[f"{at}mixer.{name}"]))
+        self.norm = RMSNorm(array(source(specs[at + "norm.weight"])), config.norm_eps)
+        mixers: dict[LayerKind, type[Mamba] | type[MoE]] = {LayerKind.MAMBA: Mamba, LayerKind.MOE: MoE}
+        self.mixer = mixers[self.kind](config, lambda name: source(specs[f"{at}mixer.{name}"]))
 
     def __call__(self, h_BTD: mx.array, reset_BT: mx.array) -> tuple[mx.array, mx.array]:
         """Returns h_BTD and the router's losses [2] (zeros for Mamba)."""
-        u_BTD = self.norm(h_BTD)
-        if self.kind is LayerKind.MAMBA:
-            return h_BTD + self.mixer(u_BTD, reset_BT), mx.zeros((2,))
-        y_BTD, losses = self.mixer(u_BTD)
+        u_BTD, mixer = self.norm(h_BTD), self.mixer
+        if isinstance(mixer, Mamba):
+            return h_BTD + mixer(u_BTD, reset_BT)[0], mx.zeros((2,))
+        y_BTD, losses = mixer(u_BTD)
         return h_BTD + y_BTD, losses
 
     def step(self, h_BTD: mx.array, state: MambaState | None) -> tuple[mx.array, MambaState | None]:
         """The same with a state carried from call to call; MoE layers have none."""
-        u_BTD = self.norm(h_BTD)
-        if self.kind is LayerKind.MOE:
-            return h_BTD + self.mixer(u_BTD)[0], None
-        y_BTD, state = self.mixer(u_BTD, state=state)
+        u_BTD, mixer = self.norm(h_BTD), self.mixer
+        if isinstance(mixer, MoE):
+            return h_BTD + mixer(u_BTD)[0], None
+        y_BTD, state = mixer(u_BTD, state=state)
         return h_BTD + y_BTD, state
 
 
@@ -72,11 +72,11 @@ class Backbone(nn.Module):
         specs = {spec.name: spec for spec in parameters(config)}
         self.embeddings = Embedding(source(specs[EMBEDDING]))
         self.layers = [Layer(config, index, source) for index in range(config.n_layers)]
-        self.norm_f = RMSNorm(source(specs["backbone.norm_f.weight"]), config.norm_eps)
+        self.norm_f = RMSNorm(array(source(specs["backbone.norm_f.weight"])), config.norm_eps)
 
 
 class MagellanoLM(nn.Module):
-    """The model; `model(tokens[B,T]) -> logits[B,T,V]`. Weights come from `source`, by default the initial ones of seed 0."""
+    """`model(tokens[B,T]) -> logits[B,T,V]`. Weights come from `source`, by default the initial ones of seed 0."""
 
     def __init__(self, config: ModelConfig, source: Source | None = None, compute: mx.Dtype = mx.float32):
         super().__init__()
@@ -105,12 +105,16 @@ class MagellanoLM(nn.Module):
     def loss_sum(
         self, tokens_BT: mx.array, targets_BT: mx.array, weights_BT: mx.array, reset_BT: mx.array, chunk: int
     ) -> tuple[mx.array, mx.array]:
-        """Sum of weight * -log p(target) in nats, and the routers' losses [2]. Logits exist for `chunk` rows at a time."""
+        """Sum of weight * -log p(target) in nats, and the routers' losses [2]; `chunk` rows of logits at once."""
         h_BTD, losses = self.hidden(tokens_BT, reset_BT)
         x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
-        return linear_cross_entropy(x_MD, w, targets_BT.reshape(-1), weights_BT.reshape(-1), u_Mr, b_Vr, chunk), losses
+        return linear_cross_entropy(
+            x_MD, w, targets_BT.reshape(-1), weights_BT.reshape(-1), u_Mr, b_Vr, chunk, frozen=u_Mr is not None
+        ), losses
 
-    def scores(self, tokens_BT: mx.array, targets_BT: mx.array, reset_BT: mx.array, chunk: int = 512):
+    def scores(
+        self, tokens_BT: mx.array, targets_BT: mx.array, reset_BT: mx.array, chunk: int = 512
+    ) -> tuple[mx.array, mx.array]:
         """-log p(target) [B, T] in nats and whether the target was the likeliest token [B, T]; no gradient."""
         h_BTD, _ = self.hidden(tokens_BT, reset_BT)
         x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
@@ -134,7 +138,9 @@ class MagellanoLM(nn.Module):
         return [x.mixer.initial_state(batch, self.compute) if x.kind is LayerKind.MAMBA else None for x in layers]
 
     def step(self, tokens_BT: mx.array, state: list[MambaState | None]) -> tuple[mx.array, list[MambaState | None]]:
-        """Continue from `state` by T >= 1 tokens: logits [B, T, V] and the new state. Same result as the full forward."""
+        """Continue from `state` by T >= 1 tokens: logits [B, T, V] and the new state. Same result as the full
+        forward.
+        """
         h_BTD = self.backbone.embeddings(tokens_BT).astype(self.compute)
         new = []
         for layer, old in zip(self.backbone.layers, state, strict=True):

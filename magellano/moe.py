@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from magellano.backend import mx, nn
-from magellano.linear import ExpertProjection, Weight
+from magellano.linear import ExpertProjection, Weight, array
 from magellano.ops import route
 from magellano.profile import ModelConfig
 
@@ -35,7 +35,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, get: Callable[[str], Weight]):
         super().__init__()
         self.config = config
-        self.router = Router(get("router.weight"))
+        self.router = Router(array(get("router.weight")))
         self.experts = Experts(get("experts.w1.weight"), get("experts.w2.weight"))
 
     def __call__(self, u_BTD: mx.array) -> tuple[mx.array, mx.array]:

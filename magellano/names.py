@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+METRICS = "metrics.jsonl"  # what was observed while training: a record with times, not part of an artifact's content
+
 
 class Stage(StrEnum):
     """The stages of a fine-tune in their order; `PRETRAIN` makes a base and stands before them."""

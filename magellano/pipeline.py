@@ -55,9 +55,9 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
         case Stage.TRAIN:
             return {"train": profile.train}
         case Stage.CHECKPOINT:
-            return {}
+            return {"profile": profile}  # the release carries it whole
         case Stage.EVALUATE:
-            return {"evaluate": profile.evaluate}
+            return {"evaluate": profile.evaluate, "profile": profile.name}
 
 
 def with_dependents(stages: Iterable[Stage]) -> frozenset[Stage]:

@@ -1,6 +1,7 @@
 """A profile: one model and one run, read once from TOML into frozen typed data.
 
-Strict: an unknown key, a wrong type or an impossible combination raises InputError with file, key and the nearest valid name.
+Strict: an unknown key, a wrong type or an impossible combination raises InputError with file, key and the nearest
+valid name.
 """
 
 import difflib
@@ -116,7 +117,9 @@ class LoraConfig(Section):
         if not self.targets:
             raise ValueError("targets is empty: nothing would train")
         if extra := set(self.ranks) - set(self.targets):
-            raise ValueError(f"ranks names {sorted(map(str, extra))}, not among targets; add them there or drop them here")
+            raise ValueError(
+                f"ranks names {sorted(map(str, extra))}, not among targets; add them there or drop them here"
+            )
         return self
 
 
@@ -239,7 +242,9 @@ def _find(name_or_path: str | Path) -> Path:
     if "/" in text or text.endswith(".toml"):
         path = Path(text)
         if not path.is_file():
-            raise InputError(f"{path}: no such profile file; give a path to a .toml file or one of {', '.join(names())}")
+            raise InputError(
+                f"{path}: no such profile file; give a path to a .toml file or one of {', '.join(names())}"
+            )
         return path
     path = PROFILES / f"{text}.toml"
     if not path.is_file():

@@ -1,7 +1,8 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): a layer's intermediates are made again in the backward pass.
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): a layer's intermediates are made again in the backward
+pass.
 
-`mx.checkpoint` alone saves nothing where operations must compute at once, as on a CPU: inside mx.grad MLX keeps what every
-computed array was made of. So each layer runs on arrays that are cut loose (`detached`), forward and backward.
+`mx.checkpoint` alone saves nothing where operations must compute at once, as on a CPU: inside mx.grad MLX keeps what
+every computed array was made of. So each layer runs on arrays that are cut loose (`detached`), forward and backward.
 """
 
 from typing import Any
@@ -15,15 +16,15 @@ def recomputed(layer: nn.Module, h: mx.array, *constants: mx.array) -> tuple[mx.
 
     Differentiable in h and the layer's trainable parameters, not in `constants`.
     """
-    trainable = tree_flatten(layer.trainable_parameters())
-    names, values = [name for name, _ in trainable], [value for _, value in trainable]
+    trainable: dict[str, mx.array] = dict(tree_flatten(layer.trainable_parameters()))
+    names, values = list(trainable), list(trainable.values())
 
     def call(h: mx.array, *parameters: mx.array) -> tuple[mx.array, ...]:
         layer.update(tree_unflatten(list(zip(names, parameters, strict=True))))
         try:
             return tuple(layer(h, *constants))
         finally:
-            layer.update(tree_unflatten(trainable))
+            layer.update(tree_unflatten(list(trainable.items())))
 
     @mx.custom_function
     def run(*arrays: mx.array) -> tuple[mx.array, ...]:
@@ -36,4 +37,5 @@ def recomputed(layer: nn.Module, h: mx.array, *constants: mx.array) -> tuple[mx.
         found = [detached(g) for g in gradients]
         return found if len(found) > 1 else found[0]
 
-    return tuple(run(h, *values))
+    outputs: tuple[mx.array, ...] = tuple(run(h, *values))  # type: ignore[arg-type]
+    return outputs

@@ -7,7 +7,8 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT only set `requested`; a second signal changes nothing. The former handlers return after.
+    """While entered, SIGTERM and SIGINT only set `requested`; a second signal changes nothing. The former handlers
+    return after.
 
     Signals reach the main thread alone; elsewhere nothing is installed and `requested` stays False.
     """
@@ -22,7 +23,9 @@ class StopRequest:
                 self._former[sig] = signal.signal(sig, self._on_signal)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for sig, handler in self._former.items():
             signal.signal(sig, handler)
 

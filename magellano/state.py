@@ -1,4 +1,6 @@
-"""Checkpoints of a running training: parameters, optimiser, loss scale and position, sealed; ordered by step, never by clock."""
+"""Checkpoints of a running training: parameters, optimiser, loss scale and position, sealed; ordered by step, never by
+clock.
+"""
 
 import logging
 import shutil
@@ -10,6 +12,7 @@ from typing import Any
 from magellano import durable
 from magellano.backend import mx
 from magellano.errors import InputError
+from magellano.tensors import load_file
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,9 @@ class Found:
     facts: dict[str, Any]
 
 
-def save(folder: Path, step: int, parameters: dict[str, mx.array], optimizer: dict[str, mx.array], facts: dict[str, Any]) -> None:
+def save(
+    folder: Path, step: int, parameters: dict[str, mx.array], optimizer: dict[str, mx.array], facts: dict[str, Any]
+) -> None:
     """Write folder/step-N whole or not at all, then drop all but the last two."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     final = folder / f"{PREFIX}{step:09d}"
@@ -48,7 +53,7 @@ def save(folder: Path, step: int, parameters: dict[str, mx.array], optimizer: di
 
 
 def latest(folder: Path) -> Found | None:
-    """The newest checkpoint whose sizes and SHA-256 hold; damaged ones are set aside with a warning. None: start at step 0."""
+    """The newest checkpoint whose sizes and SHA-256 hold, or None; damaged ones are set aside with a warning."""
     for path in reversed(_by_step(folder)):
         if why := durable.damage(path, SEAL):
             aside = path.with_name(ASIDE + path.name)
@@ -58,8 +63,11 @@ def latest(folder: Path) -> Found | None:
             continue
         facts = loads((path / SEAL).read_text(encoding="utf-8"))
         if facts["schema"] != SCHEMA:
-            raise InputError(f"{path}: checkpoint schema {facts['schema']}, this version reads {SCHEMA}; finish it with the version that wrote it")
-        parameters, optimizer = mx.load(str(path / PARAMETERS)), mx.load(str(path / OPTIMIZER))
+            found = facts["schema"]
+            raise InputError(
+                f"{path}: checkpoint schema {found}, this version reads {SCHEMA}; finish with the version that wrote it"
+            )
+        parameters, optimizer = load_file(path / PARAMETERS), load_file(path / OPTIMIZER)
         mx.eval(parameters, optimizer)  # mx.load is lazy
         return Found(parameters, optimizer, facts)
     return None

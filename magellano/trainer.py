@@ -1,7 +1,8 @@
 """One training loop for a full base and for an adapter: what differs is which parameters are trainable.
 
-A step is `accumulate` micro-batches; every target token of the step weighs the same, however tokens fall into micro-batches.
-What a step does depends on (settings, step number) and the parameters alone, so that a resumed run repeats it to the bit.
+A step is `accumulate` micro-batches; every target token of the step weighs the same, however tokens fall into
+micro-batches. What a step does depends on (settings, step number) and the parameters alone, so that a resumed run
+repeats it to the bit.
 """
 
 import json
@@ -19,20 +20,19 @@ from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import parameters
 from magellano.model import MagellanoLM
-from magellano.names import Compute
+from magellano.names import METRICS, Compute
 from magellano.optimizer import AdamW, clip_by_global_norm, cosine_with_warmup
 from magellano.profile import TrainConfig
 from magellano.progress import Progress
 from magellano.signals import StopRequest
 
 GIB = float(1 << 30)
-METRICS = "metrics.jsonl"
 SCALE_START, SCALE_MAX, SCALE_GROWTH_STEPS = 2.0**15, 2.0**24, 2000  # dynamic loss scaling (Micikevicius et al. 2018)
 
 
 @dataclass
 class LossScale:
-    """Factor on the loss so that float16 gradients do not underflow; halved on overflow, doubled after a long good run."""
+    """Factor on the loss so that float16 gradients do not underflow; halved on overflow, doubled in good times."""
 
     value: float = 1.0
     good: int = 0
@@ -50,7 +50,7 @@ class LossScale:
 
 @dataclass
 class Metrics:
-    """One line of metrics.jsonl. loss: nats a target token of the step; norm: before clipping; skipped: gradient not finite."""
+    """One line of metrics.jsonl. loss: nats a target token; norm: before clipping; skipped: gradient not finite."""
 
     step: int
     loss: float
@@ -71,7 +71,7 @@ class Trainer:
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
         model.checkpointing = True
-        self.routers = any(name.endswith("router.weight") for name, _ in tree_flatten(model.trainable_parameters()))
+        self.routers = any(name.endswith("router.weight") for name in dict(tree_flatten(model.trainable_parameters())))
         decays = {spec.name for spec in parameters(model.config) if spec.decays}
         self.optimizer = AdamW(
             config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay, config.state, config.seed,
@@ -84,8 +84,9 @@ class Trainer:
         self._grad = nn.value_and_grad(model, self._loss)
 
     def _loss(self, batch: shards.Batch, total: float, scale: float) -> tuple[mx.array, mx.array]:
-        arrays = [mx.array(a) for a in (batch.tokens, batch.targets, batch.weights, batch.reset)]
-        nll, routers = self.model.loss_sum(*arrays, chunk=self.config.loss_chunk)
+        tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
+        weights, reset = mx.array(batch.weights), mx.array(batch.reset)
+        nll, routers = self.model.loss_sum(tokens, targets, weights, reset, self.config.loss_chunk)
         objective = nll / total
         if self.routers:
             c = self.config
@@ -97,7 +98,8 @@ class Trainer:
         c, started = self.config, time.perf_counter()
         batches = [self._micro_batch(i) for i in range(c.accumulate)]
         total = sum(float(b.weights.sum()) for b in batches)
-        grads, nll = None, 0.0
+        grads: Any = None
+        nll = 0.0
         for batch in batches:
             (_, part), more = self._grad(batch, max(total, 1.0), self.scale.value)
             grads = more if grads is None else tree_map(mx.add, grads, more)
@@ -117,7 +119,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         inputs = c.batch * c.accumulate * self.train.seq_len
         return Metrics(
-            self.step, nll / max(total, 1.0), lr, norm.item(), self.tokens, inputs / seconds,
+            self.step, nll / max(total, 1.0), lr, float(np.array(norm)), self.tokens, inputs / seconds,
             mx.get_peak_memory() / GIB, seconds, not finite,
         )  # fmt: skip
 
@@ -132,8 +134,10 @@ class Trainer:
         for first in range(0, min(rows, self.held_out.rows), self.config.batch):
             index = np.arange(first, min(first + self.config.batch, rows, self.held_out.rows))
             b = self.held_out.batch(index)
-            scores, _ = self.model.scores(mx.array(b.tokens), mx.array(b.targets), mx.array(b.reset), self.config.loss_chunk)
-            nll += (scores * mx.array(b.weights)).sum().item()
+            scores, _ = self.model.scores(
+                mx.array(b.tokens), mx.array(b.targets), mx.array(b.reset), self.config.loss_chunk
+            )
+            nll += float((np.array(scores) * b.weights).sum())
             total += float(b.weights.sum())
         return nll / max(total, 1.0)
 
@@ -159,7 +163,8 @@ class Trainer:
 
 
 def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, Any]:
-    """Train to the last step, resuming what `work` holds; checkpoints and metrics.jsonl go there. Returns the run's facts.
+    """Train to the last step, resuming what `work` holds; checkpoints and metrics.jsonl go there. Returns the run's
+    facts.
 
     Raises Stopped after SIGTERM or SIGINT, with the state saved.
     """
@@ -180,7 +185,9 @@ def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, An
             if last or stop.requested or trainer.step % c.checkpoint_every == 0:
                 trainer.save(work)
             if stop.requested and not last:
-                raise Stopped(f"stopped at step {trainer.step} of {c.steps}; the state is saved, the next start continues")
+                raise Stopped(
+                    f"stopped at step {trainer.step} of {c.steps}; the state is saved, the next start continues"
+                )
     seconds = time.perf_counter() - started
     inputs = (trainer.step - first) * c.batch * c.accumulate * trainer.train.seq_len
     return {
@@ -194,7 +201,7 @@ def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, An
 
 
 class MetricsFile:
-    """metrics.jsonl in the work folder; on resume, lines after the checkpoint's step are dropped so that none stands twice."""
+    """metrics.jsonl in the work folder; on resume, lines after the checkpoint's step go, so that none stands twice."""
 
     def __init__(self, path: Path):
         self.path = path

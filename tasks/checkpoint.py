@@ -23,4 +23,5 @@ def checkpoint(
         lineage = {name: ref.model_dump(mode="json") for name, ref in inputs.items()}
         return stage.run(bench.out, profile, bench.path(trained), bench.path(base), bench.path(tokens), lineage)
 
-    return carry_out(Stage.CHECKPOINT, profile, inputs, make, rerun)
+    # The release names its base's folder, so that a base of equal content under another key makes another release.
+    return carry_out(Stage.CHECKPOINT, profile, {**inputs, "base folder": base.key}, make, rerun)

@@ -4,6 +4,8 @@ import os
 import shutil
 import tempfile
 
+os.environ["MLX_ENABLE_TF32"] = "0"  # float32 tests mean float32: MLX on CUDA multiplies in TF32 unless told
+
 _HOME = tempfile.mkdtemp(prefix="magellano-tests-")
 os.environ["MAGELLANO_HOME"] = _HOME  # before anything imports tasks, which settles Prefect's environment by it
 for _name in [n for n in os.environ if n.startswith("PREFECT_")]:

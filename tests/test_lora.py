@@ -48,7 +48,7 @@ def merged(spec: ParamSpec) -> mx.array:
 
 
 @pytest.mark.parametrize("source", [dense, quantized])
-def test_adapter_equals_the_merged_weights(source) -> None:  # noqa: ANN001
+def test_adapter_equals_the_merged_weights(source) -> None:
     model = MagellanoLM(SMALL, source)
     lora.attach(model, LORA, trained())
     expected = MagellanoLM(SMALL, merged)(TOKENS)
@@ -103,5 +103,5 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_model_folders_round_trip(tmp_path: Path) -> None:
     model = MagellanoLM(SMALL, seeded(7))
-    loader.write_model(tmp_path, SMALL, loader.dense_tensors(model), quantized=False, facts={})
+    loader.write_model(tmp_path, SMALL, loader.dense_tensors(model), quantized=False)
     assert mx.array_equal(loader.load_model(tmp_path, "float32")(TOKENS), model(TOKENS)).item()

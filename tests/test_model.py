@@ -1,4 +1,6 @@
-"""The model against transformers' Mamba, packed documents against documents alone, streaming against the full forward."""
+"""The model against transformers' Mamba, packed documents against documents alone, streaming against the full
+forward.
+"""
 
 from pathlib import Path
 
@@ -80,7 +82,9 @@ def test_checkpointing_changes_no_gradient() -> None:
     for checkpointing in (False, True):
         model = MagellanoLM(SMALL, seeded(3))
         model.checkpointing = checkpointing
-        step = nn.value_and_grad(model, lambda m=model: m.loss_sum(tokens, tokens, weights, reset, 5)[0] + m.hidden(tokens)[1].sum())
+        step = nn.value_and_grad(
+            model, lambda m=model: m.loss_sum(tokens, tokens, weights, reset, 5)[0] + m.hidden(tokens)[1].sum()
+        )
         grads.append(dict(tree_flatten(step()[1])))
     for name, value in grads[0].items():
         assert relative(value, grads[1][name]) < 1e-5, name
@@ -107,4 +111,6 @@ def test_counting_and_building_allocate_nothing() -> None:
     shapes = {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
     assert shapes == {spec.name: spec.shape for spec in parameters(config)}
     assert mx.get_active_memory() - before < 64 << 20
-    assert [config.kind(i) for i in range(8)] == [LayerKind.MAMBA] * 3 + [LayerKind.MOE] + [LayerKind.MAMBA] * 3 + [LayerKind.MOE]
+    assert [config.kind(i) for i in range(8)] == [LayerKind.MAMBA] * 3 + [LayerKind.MOE] + [LayerKind.MAMBA] * 3 + [
+        LayerKind.MOE
+    ]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from magellano import lora, nf4, state
 from magellano.backend import mx
@@ -39,7 +38,9 @@ def tokens(tmp_path: Path) -> Path:
         reset = (rng.random((rows, 16)) < 0.15).astype(np.uint8)
         reset[:, 0] = 1
         shards.write_split(
-            folder, split, [shards.Rows(ids[:, :-1], ids[:, 1:], (rng.random((rows, 16)) < 0.7).astype(np.uint8), reset)]
+            folder,
+            split,
+            [shards.Rows(ids[:, :-1], ids[:, 1:], (rng.random((rows, 16)) < 0.7).astype(np.uint8), reset)],
         )
     shards.write_facts(folder, vocab_size=300, seq_len=16, rows={"train": 13, "held_out": 3})
     return folder

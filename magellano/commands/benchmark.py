@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HELP = "measure one part on this machine"
-NAMES = ("adamw", "scan", "nf4", "moe", "train", "generate")
+NAMES = ("adamw", "scan", "nf4", "moe", "loss", "train", "generate")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,8 +7,6 @@ from magellano import layout, loader, lora
 from magellano.errors import InputError
 from magellano.profile import Profile
 
-BASE_LINK = "../../{stage}/{key}"  # from one artifact folder to another, so that a moved home still works
-
 
 def run(out: Path, profile: Profile, base: Path) -> dict[str, Any]:
     """Write the starting adapter for the base folder `base`."""
@@ -16,11 +14,6 @@ def run(out: Path, profile: Profile, base: Path) -> dict[str, Any]:
     if config != profile.model:
         raise InputError(f"{base}: its shape is not the profile's [model]; run the quantize stage again")
     tensors = lora.start(config, profile.lora)
-    lora.save(out, config, profile.lora, tensors, base=base_link(base))
+    lora.save(out, config, profile.lora, tensors)
     trainable, total = layout.lora_count(config, profile.lora), layout.count(config)
     return {"trainable": trainable, "parameters": total, "share": trainable / total, "tensors": len(tensors)}
-
-
-def base_link(base: Path) -> str:
-    """The base's place relative to any artifact folder."""
-    return BASE_LINK.format(stage=base.parent.name, key=base.name)

@@ -11,12 +11,11 @@ from magellano.data.shards import Shards
 from magellano.evaluate import Example, Scores, Verdict, examples, score
 from magellano.generate import Sampling, generate
 from magellano.model import MagellanoLM
-from magellano.names import Stage
+from magellano.names import METRICS, Stage
 from magellano.profile import Profile
 from magellano.progress import Progress
 from magellano.runs import input_folder
 from magellano.tokenizer import Tokenizer
-from magellano.trainer import METRICS
 
 
 def run(out: Path, profile: Profile, release: Path, tokens: Path, base: Path, progress: Progress) -> dict[str, Any]:

@@ -26,23 +26,30 @@ def run(out: Path, profile: Profile, base: Path | None, progress: Progress) -> d
         if config != profile.model:
             raise InputError(f"{base}: its shape is not the profile's [model]; {_difference(config, profile.model)}")
         files = loader.Files(base)
-    facts = {"parameters": 0, "quantized": 0, "bytes": 0}
+    facts: dict[str, Any] = {"parameters": 0, "quantized": 0, "bytes": 0}
+    mx.reset_peak_memory()
     tensors = _stream(profile, files, progress, facts)
-    loader.write_model(out, profile.model, tensors, quantized=True, facts={})
+    loader.write_model(out, profile.model, tensors, quantized=True)
     Tokenizer(profile.model.vocab_size).save(out)
     facts["peak_gib"] = round(mx.get_peak_memory() / (1 << 30), 3)
     return facts
 
 
-def _stream(profile: Profile, files: loader.Files | None, progress: Progress, facts: dict[str, Any]) -> Iterator[tuple[str, mx.array]]:
+def _stream(
+    profile: Profile, files: loader.Files | None, progress: Progress, facts: dict[str, Any]
+) -> Iterator[tuple[str, mx.array]]:
     specs = parameters(profile.model)
     for done, spec in enumerate(specs):
         facts["parameters"] += spec.size
         if _quantizes(profile, spec):
             facts["quantized"] += spec.size
-            pairs = loader.quantized_tensors(spec.name, list(_pieces(spec, profile, files)), stacked=len(spec.shape) == 3)
+            pairs = loader.quantized_tensors(
+                spec.name, list(_pieces(spec, profile, files)), stacked=len(spec.shape) == 3
+            )
         else:
-            pairs = iter([(spec.name, files.take(spec.name, spec.shape) if files else init.initial(spec, profile.base.seed))])
+            pairs = iter(
+                [(spec.name, files.take(spec.name, spec.shape) if files else init.initial(spec, profile.base.seed))]
+            )
         for name, value in pairs:
             facts["bytes"] += value.nbytes
             yield name, value
@@ -57,7 +64,9 @@ def _pieces(spec: ParamSpec, profile: Profile, files: loader.Files | None) -> It
         if stack is not None:
             weight = stack if e is None else stack[e]
         else:
-            weight = init.initial(spec, profile.base.seed) if e is None else init.initial_expert(spec, profile.base.seed, e)
+            weight = (
+                init.initial(spec, profile.base.seed) if e is None else init.initial_expert(spec, profile.base.seed, e)
+            )
         yield nf4.quantize(weight)
         mx.clear_cache()  # without it MLX keeps the float32 temporaries of every expert
 

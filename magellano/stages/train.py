@@ -1,26 +1,30 @@
 """train: tokens, quantised base, starting adapter -> the trained adapter with its optimiser, position and metrics."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from magellano import loader, lora
 from magellano.backend import mx, tree_flatten
+from magellano.names import METRICS
 from magellano.profile import Profile
 from magellano.progress import Progress
-from magellano.stages.attach_lora import base_link
-from magellano.trainer import METRICS, Trainer, run_to_end
+from magellano.trainer import Trainer, run_to_end
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
-def run(out: Path, profile: Profile, tokens: Path, base: Path, adapter: Path, work: Path, progress: Progress) -> dict[str, Any]:
+def run(
+    out: Path, profile: Profile, tokens: Path, base: Path, adapter: Path, work: Path, progress: Progress
+) -> dict[str, Any]:
     """Train the adapter by [train]; resumes from `work`. Raises Stopped on a signal, with the state saved."""
     model = loader.load_release(adapter, base, profile.train.compute)
     trainer = Trainer(model, profile.train, tokens)
     facts = run_to_end(trainer, work, progress)
-    lora.save(out, profile.model, profile.lora, trainer.tensors(), base=base_link(base))
+    lora.save(out, profile.model, profile.lora, trainer.tensors())
     mx.save_safetensors(str(out / OPTIMIZER), dict(tree_flatten(trainer.optimizer.state)))
-    (out / STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    position = {"step": trainer.step, "target_tokens": trainer.tokens, "loss_scale": asdict(trainer.scale)}
+    (out / STATE).write_text(json.dumps(position, indent=2) + "\n", encoding="utf-8")
     (out / METRICS).write_bytes((work / METRICS).read_bytes())
     return facts

@@ -13,13 +13,12 @@ from magellano import cli, loader, lora, report
 from magellano.artifacts import Store
 from magellano.backend import mx
 from magellano.data.shards import Rows, write_facts, write_split
-from magellano.names import Stage
+from magellano.names import METRICS, Stage
 from magellano.profile import Profile, load_profile
 from magellano.progress import silent
 from magellano.runs import Release, input_folder
 from magellano.stages import attach_lora, evaluate, quantize
 from magellano.tokenizer import Tokenizer
-from magellano.trainer import METRICS
 
 PROFILE = """
 [model]
