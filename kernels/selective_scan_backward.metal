@@ -5,15 +5,22 @@
 //   dx = d (g . b) + skip h,   dd = x (g . b) + sum_n g A u,   ddt = dd softplus'(dt + dt_bias),   dz = dy p silu'(z)
 //   db = sum_i g d x,   dc = sum_i h s,   dA = sum_t g u d,   dskip = sum h x,   ddt_bias = sum ddt
 // Chunks run backwards; inside one, u is computed again from the state at its border. Every sum has a fixed order: no atomics.
-// Sums over channels leave as one partial per threadgroup, sums over time as one per batch row; the caller adds those up.
+// Sums over channels leave as one partial per threadgroup, sums over time as one per segment and batch row; the caller adds those.
+// Segments are as in the forward, the other way round: a launch with SUMMARY finds for all but the first segment the gradient that
+// leaves it at its start if none enters at its end (dstate [SEGS,B,I,N]), total and kept; the next launch takes these as ends,
+// totals, keeps.
 //
-// Sizes: dy, dx, ddt, dz [B,T,I]; db, dc [G,B,T,N] with G threadgroups; dstate_out, dstate, dA [B,I,N]; dskip, dbias [B,I].
+// Sizes: dy, dx, ddt, dz [B,T,I]; db, dc [G,B,T,N] with G threadgroups; dstate_out, dstate [B,I,N]; dA [SEGS,B,I,N];
+// dskip, dbias [SEGS,B,I].
   constexpr int NS = N / NL;
   constexpr int CG = SG * SIMD_W / NL * CPT;
   constexpr int THREADS = SG * SIMD_W;
+  constexpr int ROWS = AHEAD ? TC / NL : 1, PAIRS = AHEAD ? (TC * N + THREADS - 1) / THREADS : 1;
   const int B = x_shape[0], T = x_shape[1], I = x_shape[2], K = (T + TC - 1) / TC;
   const int lid = thread_index_in_threadgroup, batch = thread_position_in_grid.y, group = threadgroup_position_in_grid.x;
   const int simdgroup = lid / SIMD_W, lane = lid % SIMD_W, first = group * CG;
+  const int segment = thread_position_in_grid.z + SUMMARY, per_segment = (K + SEGS - 1) / SEGS;
+  const int first_chunk = segment * per_segment, last_chunk = first_chunk + per_segment < K ? first_chunk + per_segment : K;
   const int j0 = lid / (CG / CPT), c1 = lid % (CG / CPT) * CPT;
   const int q = lid % NL, n0 = q * NS, c2 = lid / NL * CPT;
   const bool mine1 = SIMD_W == 1 || first + c1 < I, mine2 = SIMD_W == 1 || first + c2 < I;
@@ -27,12 +34,26 @@
 
   float g[NS][CPT], a[NS][CPT], da[NS][CPT], bias[CPT], direct[CPT], dskip_sum[CPT], dbias_sum[CPT];
   float xs[TC / NL][CPT], slope[TC / NL][CPT], dgate[TC / NL][CPT];  // x_t; softplus'; dy_t silu'(z_t)
+  float s_next[NS][CPT], summed[CPT], open = 1.0f;
+  TX x_next[ROWS][CPT];
+  TDT dt_next[ROWS][CPT];
+  TX dy_next[ROWS][CPT];
+  TZ z_next[ROWS][CPT];
+  TB b_next[PAIRS];
+  TCC c_next[PAIRS];
+  int fresh_next = 0;
   REGS for (int n = 0; n < NS; ++n) {
     for (int ch = 0; ch < CPT; ++ch) {
       const size_t at = (size_t)(i2 + ch) * N + n0 + n;
       a[n][ch] = A[at] * LOG2E;
-      g[n][ch] = HAS_DSTATE && mine2 ? dstate_out[(size_t)batch * I * N + at] : 0.0f;
+      g[n][ch] = HAS_DSTATE && !SUMMARY && mine2 ? dstate_out[(size_t)batch * I * N + at] : 0.0f;
       da[n][ch] = 0.0f;
+      if (!SUMMARY) {
+        for (int later = SEGS - 1; later > segment; --later) {
+          const size_t row = (size_t)(later * B + batch) * I + i2 + ch;
+          g[n][ch] = fexp2(totals[row] * a[n][ch]) * keeps[row] * g[n][ch] + ends[row * N + n0 + n];
+        }
+      }
     }
   }
   LANES for (int ch = 0; ch < CPT; ++ch) {
@@ -40,52 +61,116 @@
     direct[ch] = HAS_SKIP ? skip[i1 + ch] : 0.0f;
     dskip_sum[ch] = 0.0f;
     dbias_sum[ch] = 0.0f;
+    summed[ch] = 0.0f;
   }
 
-  for (int k = K - 1; k >= 0; --k) {
+  for (int k = last_chunk - 1 + AHEAD; k >= first_chunk; --k) {
     const int start = k * TC, length = T - start < TC ? T - start : TC;
     const size_t row = (size_t)batch * T + start;
     float u[TC][NS][CPT], s[NS][CPT];
-    REGS for (int n = 0; n < NS; ++n) {
-      if (k > 0) {
-        const size_t at = (((size_t)batch * (K - 1) + k - 1) * N + n0 + n) * I + i2;
-        LANES for (int ch = 0; ch < CPT; ++ch) s[n][ch] = borders[at + ch];
-      } else {
-        const size_t at = ((size_t)batch * I + i2) * N + n0 + n;
-        for (int ch = 0; ch < CPT; ++ch) s[n][ch] = HAS_STATE ? state[at + ch * N] : 0.0f;
+    if (!AHEAD || k < last_chunk) {
+      REGS for (int n = 0; n < NS; ++n) {
+        if (SUMMARY) continue;
+        if (k > 0) {
+          const size_t at = (((size_t)batch * (K - 1) + k - 1) * N + n0 + n) * I + i2;
+          LANES for (int ch = 0; ch < CPT; ++ch) s[n][ch] = AHEAD ? s_next[n][ch] : borders[at + ch];
+        } else {
+          const size_t at = ((size_t)batch * I + i2) * N + n0 + n;
+          for (int ch = 0; ch < CPT; ++ch) s[n][ch] = HAS_STATE ? state[at + ch * N] : 0.0f;
+        }
       }
+
+      // Role 1: load. Steps past the end, and channels past the last, contribute nothing.
+      REGS for (int i = 0; i < TC / NL; ++i) {
+        const int j = i * NL + j0;
+        const size_t at = (row + (j < length ? j : 0)) * I + i1;
+        const float real = j < length ? 1.0f : 0.0f, counts = j < length && mine1 ? 1.0f : 0.0f;
+        LANES for (int ch = 0; ch < CPT; ++ch) {
+          const float xt = SUMMARY ? 0.0f : AHEAD ? LD(x_next[i], ch) : LD(x, at + ch);
+          const float raw = (AHEAD ? LD(dt_next[i], ch) : LD(dt, at + ch)) + bias[ch];
+          const float dyt = (AHEAD ? LD(dy_next[i], ch) : LD(dy, at + ch)) * counts;
+          const float d = (HAS_BIAS ? k_softplus(raw) : raw) * real;
+          xs[i][ch] = xt;
+          slope[i][ch] = HAS_BIAS ? k_sigmoid(raw) : 1.0f;
+          delta[j][c1 + ch] = d;
+          drive[j][c1 + ch] = d * xt;
+          float ht = dyt;
+          if (HAS_Z) {
+            const float zt = AHEAD ? LD(z_next[i], ch) : LD(z, at + ch), sig = k_sigmoid(zt);
+            ht = dyt * zt * sig;
+            dgate[i][ch] = dyt * sig * (1.0f + zt * (1.0f - sig));
+          }
+          h[j][c1 + ch] = ht;
+        }
+      }
+      if (AHEAD) {
+        REGS for (int i = 0; i < PAIRS; ++i) {
+          const int e = i * THREADS + lid;
+          const bool real = e < length * N;
+          if (e < TC * N) {
+            bs[e] = real ? LD(b_next, i) : 0.0f;
+            cs[e] = real ? LD(c_next, i) : 0.0f;
+          }
+        }
+        if (HAS_RESET && lid < TC) fresh[lid] = lid < length && fresh_next;
+      } else {
+        for (int e = lid; e < TC * N; e += THREADS) {
+          const bool real = e < length * N;
+          bs[e] = real ? LD(b, row * N + e) : 0.0f;
+          cs[e] = real ? LD(c, row * N + e) : 0.0f;
+        }
+        if (HAS_RESET) {
+          for (int j = lid; j < TC; j += THREADS) fresh[j] = j < length && reset[row + j] != 0;
+        }
+      }
+      TGBARRIER;
     }
 
-    // Role 1: load. Steps past the end, and channels past the last, contribute nothing.
-    REGS for (int i = 0; i < TC / NL; ++i) {
-      const int j = i * NL + j0;
-      const size_t at = (row + (j < length ? j : 0)) * I + i1;
-      const float real = j < length ? 1.0f : 0.0f, counts = j < length && mine1 ? 1.0f : 0.0f;
-      LANES for (int ch = 0; ch < CPT; ++ch) {
-        const float xt = LD(x, at + ch), raw = LD(dt, at + ch) + bias[ch], dyt = LD(dy, at + ch) * counts;
-        const float d = (HAS_BIAS ? k_softplus(raw) : raw) * real;
-        xs[i][ch] = xt;
-        slope[i][ch] = HAS_BIAS ? k_sigmoid(raw) : 1.0f;
-        delta[j][c1 + ch] = d;
-        drive[j][c1 + ch] = d * xt;
-        float ht = dyt;
-        if (HAS_Z) {
-          const float zt = LD(z, at + ch), sig = k_sigmoid(zt);
-          ht = dyt * zt * sig;
-          dgate[i][ch] = dyt * sig * (1.0f + zt * (1.0f - sig));
+    if (AHEAD && k > first_chunk) {
+      const int before = start - TC, there = T - before < TC ? T - before : TC;
+      const size_t row_before = (size_t)batch * T + before;
+      REGS for (int i = 0; i < ROWS; ++i) {
+        const int j = i * NL + j0;
+        const size_t at = (row_before + (j < there ? j : 0)) * I + i1;
+        for (int ch = 0; ch < CPT; ++ch) {
+          if (!SUMMARY) x_next[i][ch] = x[at + ch];
+          dt_next[i][ch] = dt[at + ch];
+          dy_next[i][ch] = dy[at + ch];
+          if (HAS_Z) z_next[i][ch] = z[at + ch];
         }
-        h[j][c1 + ch] = ht;
+      }
+      REGS for (int i = 0; i < PAIRS; ++i) {
+        const int e = i * THREADS + lid;
+        if (!SUMMARY) b_next[i] = b[row_before * N + (e < there * N ? e : 0)];
+        c_next[i] = c[row_before * N + (e < there * N ? e : 0)];
+      }
+      if (HAS_RESET) fresh_next = reset[row_before + (lid < there ? lid : 0)];
+      if (!SUMMARY && k > 1) {
+        REGS for (int n = 0; n < NS; ++n) {
+          const size_t at = (((size_t)batch * (K - 1) + k - 2) * N + n0 + n) * I + i2;
+          for (int ch = 0; ch < CPT; ++ch) s_next[n][ch] = borders[at + ch];
+        }
       }
     }
-    for (int e = lid; e < TC * N; e += THREADS) {
-      const bool real = e < length * N;
-      bs[e] = real ? LD(b, row * N + e) : 0.0f;
-      cs[e] = real ? LD(c, row * N + e) : 0.0f;
+    if (AHEAD && k == last_chunk) continue;
+
+    if (SUMMARY) {
+      UNROLL for (int j = TC - 1; j >= 0; --j) {
+        REGS for (int n = 0; n < NS; ++n) {
+          const float cn = cs[j * N + n0 + n];
+          LANES for (int ch = 0; ch < CPT; ++ch) {
+            g[n][ch] = fexp2(delta[j][c2 + ch] * a[n][ch]) * (g[n][ch] + cn * h[j][c2 + ch]);
+          }
+        }
+        LANES for (int ch = 0; ch < CPT; ++ch) summed[ch] += delta[j][c2 + ch];
+        if (HAS_RESET && fresh[j]) {
+          REGS for (int n = 0; n < NS; ++n) { LANES for (int ch = 0; ch < CPT; ++ch) g[n][ch] = 0.0f; }
+          open = 0.0f;
+        }
+      }
+      TGBARRIER;
+      continue;
     }
-    if (HAS_RESET) {
-      for (int j = lid; j < TC; j += THREADS) fresh[j] = j < length && reset[row + j] != 0;
-    }
-    TGBARRIER;
 
     // Role 2: forwards through the chunk for u, then backwards for the gradients.
     UNROLL for (int j = 0; j < TC; ++j) {
@@ -100,62 +185,72 @@
         }
       }
     }
-    UNROLL for (int j = TC - 1; j >= 0; --j) {
-      float sum_gb[CPT], sum_gau[CPT], sum_cs[CPT], db_n[NS], dc_n[NS];
-      LANES for (int ch = 0; ch < CPT; ++ch) { sum_gb[ch] = 0.0f; sum_gau[ch] = 0.0f; sum_cs[ch] = 0.0f; }
-      REGS for (int n = 0; n < NS; ++n) {
-        const float bn = bs[j * N + n0 + n], cn = cs[j * N + n0 + n];
-        float sum_db = 0.0f, sum_dc = 0.0f;
-        LANES_SUM2(sum_db, sum_dc) for (int ch = 0; ch < CPT; ++ch) {
-          const float d = delta[j][c2 + ch], in = drive[j][c2 + ch], ht = h[j][c2 + ch], ut = u[j][n][ch];
-          const float st = ut + in * bn, gt = g[n][ch] + cn * ht, gu = gt * ut;
-          sum_db += gt * in;
-          sum_dc += ht * st;
-          sum_gb[ch] += gt * bn;
-          sum_gau[ch] += gu * a[n][ch];
-          if (HAS_Z) sum_cs[ch] += st * cn;
-          if (!FROZEN) da[n][ch] += gu * d;
-          g[n][ch] = fexp2(d * a[n][ch]) * gt;
+    UNROLL for (int j = TC - NL; j >= 0; j -= NL) {  // NL steps at a time, whose sums over the states are exchanged together
+      float sum_gb[NL][CPT], sum_gau[NL][CPT], sum_cs[NL][CPT];
+      UNROLL for (int m = NL - 1; m >= 0; --m) {
+        float db_n[NS], dc_n[NS];
+        LANES for (int ch = 0; ch < CPT; ++ch) { sum_gb[m][ch] = 0.0f; sum_gau[m][ch] = 0.0f; sum_cs[m][ch] = 0.0f; }
+        REGS for (int n = 0; n < NS; ++n) {
+          const float bn = bs[(j + m) * N + n0 + n], cn = cs[(j + m) * N + n0 + n];
+          float sum_db = 0.0f, sum_dc = 0.0f;
+          LANES_SUM2(sum_db, sum_dc) for (int ch = 0; ch < CPT; ++ch) {
+            const float d = delta[j + m][c2 + ch], in = drive[j + m][c2 + ch], ht = h[j + m][c2 + ch], ut = u[j + m][n][ch];
+            const float st = ut + in * bn, gt = g[n][ch] + cn * ht, gu = gt * ut;
+            sum_db += gt * in;
+            sum_dc += ht * st;
+            sum_gb[m][ch] += gt * bn;
+            sum_gau[m][ch] += gu * a[n][ch];
+            if (HAS_Z) sum_cs[m][ch] += st * cn;
+            if (!FROZEN) da[n][ch] += gu * d;
+            g[n][ch] = fexp2(d * a[n][ch]) * gt;
+          }
+          db_n[n] = sum_db;
+          dc_n[n] = sum_dc;
         }
-        db_n[n] = sum_db;
-        dc_n[n] = sum_dc;
-      }
-      if (HAS_RESET && fresh[j]) {
-        REGS for (int n = 0; n < NS; ++n) { LANES for (int ch = 0; ch < CPT; ++ch) g[n][ch] = 0.0f; }
-      }
-      // Over the states: the NL lanes of a channel.
-      for (int o = 1; o < NL; o <<= 1) {
-        sum_gb[0] += SIMD_XOR(sum_gb[0], o);
-        sum_gau[0] += SIMD_XOR(sum_gau[0], o);
-        if (HAS_Z) sum_cs[0] += SIMD_XOR(sum_cs[0], o);
-      }
-      if (q == 0) {
-        LANES for (int ch = 0; ch < CPT; ++ch) {
-          gb[j][c2 + ch] = sum_gb[ch];
-          gau[j][c2 + ch] = sum_gau[ch];
-          cs_s[j][c2 + ch] = sum_cs[ch];
+        if (HAS_RESET && fresh[j + m]) {
+          REGS for (int n = 0; n < NS; ++n) { LANES for (int ch = 0; ch < CPT; ++ch) g[n][ch] = 0.0f; }
+        }
+        // Over the channels of this simdgroup: in each exchange a lane gives away half of its values and sums the other half.
+        int kept_n = NS, offset = 0, o = SIMD_W / 2;
+        UNROLL for (; o >= NL && kept_n > 1; o >>= 1) {
+          kept_n /= 2;
+          const bool upper = (lane & o) != 0;
+          for (int i = 0; i < kept_n; ++i) {
+            const float give_b = upper ? db_n[i] : db_n[i + kept_n], keep_b = upper ? db_n[i + kept_n] : db_n[i];
+            const float give_c = upper ? dc_n[i] : dc_n[i + kept_n], keep_c = upper ? dc_n[i + kept_n] : dc_n[i];
+            db_n[i] = keep_b + SIMD_XOR(give_b, o);
+            dc_n[i] = keep_c + SIMD_XOR(give_c, o);
+          }
+          offset += upper ? kept_n : 0;
+        }
+        UNROLL for (; o >= NL; o >>= 1) {
+          db_n[0] += SIMD_XOR(db_n[0], o);
+          dc_n[0] += SIMD_XOR(dc_n[0], o);
+        }
+        for (int i = 0; i < kept_n; ++i) {  // several lanes may write the same value to the same place
+          db_part[simdgroup][(j + m) * N + n0 + offset + i] = db_n[i];
+          dc_part[simdgroup][(j + m) * N + n0 + offset + i] = dc_n[i];
         }
       }
-      // Over the channels of this simdgroup: in each exchange a lane gives away half of its values and sums the other half.
-      int kept = NS, offset = 0, o = SIMD_W / 2;
-      UNROLL for (; o >= NL && kept > 1; o >>= 1) {
-        kept /= 2;
-        const bool upper = (lane & o) != 0;
-        for (int i = 0; i < kept; ++i) {
-          const float give_b = upper ? db_n[i] : db_n[i + kept], keep_b = upper ? db_n[i + kept] : db_n[i];
-          const float give_c = upper ? dc_n[i] : dc_n[i + kept], keep_c = upper ? dc_n[i + kept] : dc_n[i];
-          db_n[i] = keep_b + SIMD_XOR(give_b, o);
-          dc_n[i] = keep_c + SIMD_XOR(give_c, o);
+      // Over the states: the NL lanes of a channel exchange steps in the same way; lane q ends with step j + q.
+      UNROLL for (int o = NL / 2; o > 0; o >>= 1) {
+        const bool upper = (q & o) != 0;
+        UNROLL for (int m = 0; m < o; ++m) {
+          UNROLL for (int ch = 0; ch < CPT; ++ch) {
+            const float give_gb = upper ? sum_gb[m][ch] : sum_gb[m + o][ch], keep_gb = upper ? sum_gb[m + o][ch] : sum_gb[m][ch];
+            const float give_gau = upper ? sum_gau[m][ch] : sum_gau[m + o][ch];
+            const float keep_gau = upper ? sum_gau[m + o][ch] : sum_gau[m][ch];
+            const float give_cs = upper ? sum_cs[m][ch] : sum_cs[m + o][ch], keep_cs = upper ? sum_cs[m + o][ch] : sum_cs[m][ch];
+            sum_gb[m][ch] = keep_gb + SIMD_XOR(give_gb, o);
+            sum_gau[m][ch] = keep_gau + SIMD_XOR(give_gau, o);
+            if (HAS_Z) sum_cs[m][ch] = keep_cs + SIMD_XOR(give_cs, o);
+          }
         }
-        offset += upper ? kept : 0;
       }
-      UNROLL for (; o >= NL; o >>= 1) {
-        db_n[0] += SIMD_XOR(db_n[0], o);
-        dc_n[0] += SIMD_XOR(dc_n[0], o);
-      }
-      for (int i = 0; i < kept; ++i) {  // several lanes may write the same value to the same place
-        db_part[simdgroup][j * N + n0 + offset + i] = db_n[i];
-        dc_part[simdgroup][j * N + n0 + offset + i] = dc_n[i];
+      LANES for (int ch = 0; ch < CPT; ++ch) {
+        gb[j + q][c2 + ch] = sum_gb[0][ch];
+        gau[j + q][c2 + ch] = sum_gau[0][ch];
+        cs_s[j + q][c2 + ch] = sum_cs[0][ch];
       }
     }
     TGBARRIER;
@@ -191,16 +286,23 @@
     TGBARRIER;
   }
 
+  const size_t part = (size_t)segment * B + batch;
   if (mine2) {
     REGS for (int n = 0; n < NS; ++n) {
       for (int ch = 0; ch < CPT; ++ch) {
-        const size_t at = ((size_t)batch * I + i2 + ch) * N + n0 + n;
-        if (HAS_STATE) dstate[at] = g[n][ch];
-        if (!FROZEN) dA[at] = da[n][ch];
+        const size_t at = (size_t)(i2 + ch) * N + n0 + n;
+        if (SUMMARY || (HAS_STATE && segment == 0)) dstate[(SUMMARY ? part : (size_t)batch) * I * N + at] = g[n][ch];
+        if (!FROZEN && !SUMMARY) dA[part * I * N + at] = da[n][ch];
+      }
+    }
+    if (SUMMARY && q == 0) {
+      for (int ch = 0; ch < CPT; ++ch) {
+        total[part * I + i2 + ch] = summed[ch];
+        kept[part * I + i2 + ch] = open;
       }
     }
   }
-  if (!FROZEN) {  // role 1's NL threads of a channel add up through the first rows of two arrays that are free now
+  if (!FROZEN && !SUMMARY) {  // role 1's NL threads of a channel add up through the first rows of two arrays that are free now
     LANES for (int ch = 0; ch < CPT; ++ch) {
       delta[j0][c1 + ch] = dskip_sum[ch];
       drive[j0][c1 + ch] = dbias_sum[ch];
@@ -214,8 +316,8 @@
         }
       }
       LANES for (int ch = 0; ch < CPT; ++ch) {
-        dskip[(size_t)batch * I + i1 + ch] = delta[0][c1 + ch];
-        dbias[(size_t)batch * I + i1 + ch] = drive[0][c1 + ch];
+        dskip[part * I + i1 + ch] = delta[0][c1 + ch];
+        dbias[part * I + i1 + ch] = drive[0][c1 + ch];
       }
     }
   }
