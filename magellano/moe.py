@@ -1,6 +1,7 @@
 """The mixture-of-experts mixer: dropless top-k routing over two-layer experts w2(relu(w1(x))).
 
-Shapes: B batch, T time, D d_model, E experts, F d_ff, k experts per token, M = B*T tokens, S = M*k token copies sorted by expert.
+Shapes: B batch, T time, D d_model, E experts, F d_ff, k experts per token, M = B*T tokens, S = M*k token copies sorted
+by expert.
 """
 
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class MoE(nn.Module):
         return u_MD.astype(mx.float32) @ self.router.weight.astype(mx.float32).T
 
     def _losses(self, logits_ME: mx.array, sizes: list[int]) -> mx.array:
-        """Load balance (Fedus et al. 2021, arXiv 2101.03961; 1 when even) and router z (Zoph et al. 2022, arXiv 2202.08906)."""
+        """Load balance (Fedus et al. 2021, arXiv 2101.03961; 1 when even), router z (Zoph et al. 2022, 2202.08906)."""
         share_E = mx.array(np.asarray(sizes, np.float32) / max(1, sum(sizes)))
         balance = self.config.n_experts * (share_E * mx.softmax(logits_ME, axis=-1).mean(axis=0)).sum()
         return mx.stack([balance, mx.logsumexp(logits_ME, axis=-1).square().mean()])
