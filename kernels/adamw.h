@@ -1,4 +1,11 @@
 // One AdamW step of one element (see magellano/ops/adamw.py), shared by the adamw texts.
+#define K_LOAD8(T, eight, p, x)                                     \
+  if (PACKABLE(p)) {                                                \
+    eight = LD_PACK(T, 8, p, x);                                    \
+  } else {                                                          \
+    REGS for (int k = 0; k < 8; ++k) eight.v[k] = (p)[(x) * 8 + k]; \
+  }
+
 struct AdamW { float w, m, s, peak; };
 
 inline uint k_hash(uint x) {
@@ -21,6 +28,10 @@ inline float k_saturate(float x) {
   return low < 65504.0f ? low : 65504.0f;
 }
 
+// The random number of an element and a step: a hash of the element that the golden ratio moves on with every step. Over the steps
+// of one element such numbers cover [0, 1) far more evenly than independent ones, so that the errors of rounding cancel sooner.
+inline uint k_random(uint index, uint salt, uint phase) { return k_hash(index * 0x9e3779b1u + salt) + phase; }
+
 // a, b: 1 - beta1, 1 - beta2; decay: lr times weight decay; c1, c2 correct the bias; peak: AMSGrad's largest s, else 0.
 inline AdamW k_adamw(float w, float g, float m, float s, float peak, float lr, float a, float b, float eps, float decay, float c1, float c2) {
   AdamW r;
@@ -28,5 +39,15 @@ inline AdamW k_adamw(float w, float g, float m, float s, float peak, float lr, f
   r.s = k_sqrt(s * s + b * (g * g - s * s));
   r.peak = peak > r.s ? peak : r.s;
   r.w = w * (1.0f - decay) - lr * (r.m * c1) / (r.peak * c2 + eps);
+  return r;
+}
+
+// The same with the faster root and division, for 16-bit states.
+inline AdamW k_adamw_fast(float w, float g, float m, float s, float peak, float lr, float a, float b, float eps, float decay, float c1, float c2) {
+  AdamW r;
+  r.m = m + a * (g - m);
+  r.s = k_sqrt_fast(s * s + b * (g * g - s * s));
+  r.peak = peak > r.s ? peak : r.s;
+  r.w = w * (1.0f - decay) - lr * (r.m * c1) * frcp(r.peak * c2 + eps);
   return r;
 }

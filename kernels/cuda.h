@@ -45,4 +45,10 @@ __device__ __forceinline__ float fexp2(float x) { float r; asm("ex2.approx.ftz.f
 __device__ __forceinline__ float frcp(float x) { return __fdividef(1.0f, x); }
 __device__ __forceinline__ unsigned k_f2u(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float k_u2f(unsigned x) { return __uint_as_float(x); }
+__device__ __forceinline__ float k_sqrt_fast(float x) { float r; asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
+template <class T, int N> struct alignas(16) k_pack { T v[N]; };
+#define PACK(T, N) k_pack<T, N>
+#define LD_PACK(T, N, p, i) reinterpret_cast<const k_pack<T, N>*>(p)[i]
+#define ST_PACK(T, N, p, i, value) reinterpret_cast<k_pack<T, N>*>(p)[i] = value
+#define PACKABLE(p) ((reinterpret_cast<size_t>(p) & 15) == 0)
 #define inline __device__ __forceinline__  // for the functions of common.h and of a kernel's own header, which follow

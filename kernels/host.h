@@ -81,3 +81,9 @@ static inline float fexp2(float x) {
   return p * k_u2f((uint)((int)whole + 127) << 23);
 }
 static inline float frcp(float x) { return 1.0f / x; }
+#define k_sqrt_fast k_sqrt
+template <class T, int N> struct k_pack { T v[N]; };
+#define PACK(T, N) k_pack<T, N>
+#define LD_PACK(T, N, p, i) ((const k_pack<T, N>*)(p))[i]
+#define ST_PACK(T, N, p, i, value) ((k_pack<T, N>*)(p))[i] = value
+#define PACKABLE(p) true

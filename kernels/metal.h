@@ -19,5 +19,11 @@
 
 inline float fexp2(float x) { return metal::fast::exp2(x); }
 inline float frcp(float x) { return 1.0f / x; }
+inline float k_sqrt_fast(float x) { return metal::fast::sqrt(x); }
+template <class T, int N> struct k_pack { T v[N]; };  // of T's own alignment, so it may lie anywhere
+#define PACK(T, N) k_pack<T, N>
+#define LD_PACK(T, N, p, i) ((const device k_pack<T, N>*)(p))[i]
+#define ST_PACK(T, N, p, i, value) ((device k_pack<T, N>*)(p))[i] = value
+#define PACKABLE(p) true
 inline uint k_f2u(float x) { return as_type<uint>(x); }
 inline float k_u2f(uint x) { return as_type<float>(x); }

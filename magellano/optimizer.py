@@ -2,26 +2,53 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from magellano.backend import mx, nn, tree_flatten, tree_map, tree_unflatten
+import numpy as np
+
+from magellano.backend import mx, nn, on_gpu, tree_flatten, tree_map, tree_unflatten
 from magellano.names import StateDtype
-from magellano.ops.adamw import Moments, Step, adamw, hash_u32, numbers
+from magellano.ops.adamw import Moments, Step, adamw, key, numbers
 
 STEP = "step"
+PARTS = ("m", "s", "peak")
+_SMALL_ON_GPU, _SMALL_ON_CPU = 1 << 20, 1 << 16  # elements; smaller tensors step together
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:
     return list(tree_flatten(tree))  # type: ignore[arg-type]
 
 
+@dataclass
+class _Group:
+    """Tensors that take their step together, as one flat tensor: one large one, or many small ones of one kind."""
+
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    decays: bool
+    salt: int
+    moments: Moments  # flat
+
+    def states(self) -> Iterator[tuple[str, mx.array]]:
+        """(NAME.PART, a view of the flat state)."""
+        for part in PARTS:
+            whole = getattr(self.moments, part)
+            if whole is not None:
+                yield from zip([f"{name}.{part}" for name in self.names], _cut(whole, self.shapes), strict=True)
+
+
 class AdamW:
     """AdamW with decoupled weight decay, optional AMSGrad, float32 or float16 states (see magellano/ops/adamw.py).
 
-    `decays(name)` says which parameters weight decay touches; by default all. The stochastic rounding of float16
-    states depends on (seed, step, parameter's name) alone. `state` is one flat dict: "step", and for each parameter
-    NAME.m, NAME.s and, with AMSGrad, NAME.peak; it can be set from any tree that flattens to these names.
+    `decays(name)` says which parameters weight decay touches; by default all. Small parameters of one kind step as one
+    flat tensor: a launch costs more than they do. The stochastic rounding of float16 states depends on the seed, the
+    step, and which parameters step together.
+
+    `state` is one flat dict: "step", and for each parameter NAME.m, NAME.s and, with AMSGrad, NAME.peak; it can be set
+    from any tree that flattens to these names. Until it is read the optimiser is its states' only owner, and on a CPU
+    it writes over them; so read it to save it, not at every step. Not for use inside mx.compile: steps are counted here.
     """
 
     def __init__(
@@ -39,31 +66,45 @@ class AdamW:
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
         self.dtype = {StateDtype.FLOAT32: mx.float32, StateDtype.FLOAT16: mx.float16}[StateDtype(state)]
         self.seed, self.amsgrad, self.decays = seed, amsgrad, decays
-        self._state: dict[str, mx.array] = {STEP: mx.array(0, dtype=mx.uint32)}
+        self._step = 0
+        self._loose: dict[str, mx.array] = {}  # states of parameters that are in no group yet
+        self._groups: list[_Group] = []
+        self._kinds: list[Any] = []  # what the groups were made for
+        self._alone = True  # nobody else holds the groups' states
 
     @property
     def state(self) -> dict[str, mx.array]:
-        return self._state
+        self._alone = False
+        return {STEP: self.step, **self._loose, **{n: a for group in self._groups for n, a in group.states()}}
 
     @state.setter
     def state(self, tree: Any) -> None:
-        self._state = dict(_flat(tree))
+        self._loose, self._groups, self._kinds = dict(_flat(tree)), [], []
+        self._step = int(self._loose.pop(STEP).item())
 
     @property
     def step(self) -> mx.array:
         """Steps taken, uint32."""
-        return self._state[STEP]
+        return mx.array(self._step, dtype=mx.uint32)
 
     def init(self, parameters: Any) -> None:
         """Zero states for every array of the tree `parameters`."""
-        parts = ("m", "s", "peak") if self.amsgrad else ("m", "s")
-        for name, value in _flat(parameters):
-            for part in parts:
-                self._state[f"{name}.{part}"] = mx.zeros(value.shape, self.dtype)
+        states = self.state
+        del states[STEP]
+        zeros = {
+            f"{name}.{part}": mx.zeros(a.shape, self.dtype) for name, a in _flat(parameters) for part in self._parts
+        }
+        self._loose, self._groups, self._kinds = {**states, **zeros}, [], []
 
-    def update(self, model: nn.Module, gradients: Any, learning_rate: float | mx.array | None = None) -> None:
+    def update(
+        self,
+        model: nn.Module,
+        gradients: Any,
+        learning_rate: float | mx.array | None = None,
+        factor: float | mx.array = 1.0,
+    ) -> None:
         """Take a step: `model`'s parameters that have gradients are replaced."""
-        model.update(self.apply_gradients(gradients, model.trainable_parameters(), learning_rate))
+        model.update(self.apply_gradients(gradients, model.trainable_parameters(), learning_rate, factor))
 
     def apply_gradients(
         self,
@@ -73,34 +114,61 @@ class AdamW:
         factor: float | mx.array = 1.0,
     ) -> Any:
         """The tree of new parameters after a step. `factor` multiplies every gradient on the way in."""
-        current, grads = dict(_flat(parameters)), _flat(gradients)
-        self.init(tree_unflatten([(name, current[name]) for name, _ in grads if f"{name}.m" not in self._state]))
+        current, grads = dict(_flat(parameters)), dict(_flat(gradients))
+        self._arrange(current, grads)
         lr = self.learning_rate if learning_rate is None else learning_rate
-        self._state[STEP] = self.step + 1
+        self._step += 1
         with_decay, without = (
-            numbers(self.step, lr, *self.betas, self.eps, decay, factor) for decay in (self.weight_decay, 0.0)
+            numbers(self._step, lr, *self.betas, self.eps, decay, factor) for decay in (self.weight_decay, 0.0)
         )
-        keys = self._keys([name for name, _ in grads])
-        new = []
-        for (name, g), key in zip(grads, keys, strict=True):
-            step = Step(with_decay if self.decays(name) else without, key)
-            w, moments = adamw(current[name], g, self._moments(name), step)
-            self._keep(name, moments)
-            new.append((name, w))
-        return tree_unflatten(new)
+        new: dict[str, mx.array] = {}
+        for group in self._groups:
+            w, g = (_join([arrays[name] for name in group.names]) for arrays in (current, grads))
+            step = Step(with_decay if group.decays else without, key(group.salt, self._step))
+            w, group.moments = adamw(w, g, group.moments, step, in_place=self._alone)
+            new.update(zip(group.names, _cut(w, group.shapes), strict=True))
+        self._alone = True
+        return tree_unflatten([(name, new[name]) for name in grads])
 
-    def _keys(self, names: list[str]) -> list[mx.array]:
-        """One uint32 [1] for each name, from seed, name and step."""
-        starts = mx.array([(self.seed ^ zlib.crc32(name.encode())) & 0xFFFFFFFF for name in names], dtype=mx.uint32)
-        return list(mx.split(hash_u32(hash_u32(starts) + self.step), len(names)))
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        return PARTS if self.amsgrad else PARTS[:2]
 
-    def _moments(self, name: str) -> Moments:
-        return Moments(self._state[f"{name}.m"], self._state[f"{name}.s"], self._state.get(f"{name}.peak"))
+    def _arrange(self, current: Mapping[str, mx.array], grads: Mapping[str, mx.array]) -> None:
+        """Make the groups for these parameters, unless they are the last step's."""
+        kinds = [(name, current[name].shape, current[name].dtype, g.dtype) for name, g in grads.items()]
+        if kinds == self._kinds:
+            return
+        self.init(tree_unflatten([(name, current[name]) for name in grads if not self._known(name)]))
+        small: dict[Any, list[str]] = {}
+        groups, self._alone = [], False  # the states may be someone's arrays
+        for name, _, *dtypes in kinds:
+            if current[name].size < (_SMALL_ON_GPU if on_gpu() else _SMALL_ON_CPU):
+                small.setdefault((self.decays(name), *dtypes), []).append(name)
+            else:
+                groups.append([name])
+        self._groups, self._kinds = [self._group(names, current) for names in [*small.values(), *groups]], kinds
 
-    def _keep(self, name: str, moments: Moments) -> None:
-        self._state[f"{name}.m"], self._state[f"{name}.s"] = moments.m, moments.s
-        if moments.peak is not None:
-            self._state[f"{name}.peak"] = moments.peak
+    def _known(self, name: str) -> bool:
+        return f"{name}.m" in self._loose or any(name in group.names for group in self._groups)
+
+    def _group(self, names: list[str], current: Mapping[str, mx.array]) -> _Group:
+        moments = Moments(*(_join([self._loose.pop(f"{name}.{part}") for name in names]) for part in self._parts))
+        salt = zlib.crc32("\n".join(names).encode(), self.seed & 0xFFFFFFFF)
+        return _Group(names, [current[name].shape for name in names], self.decays(names[0]), salt, moments)
+
+
+def _join(arrays: list[mx.array]) -> mx.array:
+    """One flat array of them all."""
+    return mx.concatenate([a.reshape(-1) for a in arrays]) if len(arrays) > 1 else arrays[0].reshape(-1)
+
+
+def _cut(flat: mx.array, shapes: list[tuple[int, ...]]) -> list[mx.array]:
+    """`_join` backwards."""
+    if len(shapes) == 1:
+        return [flat.reshape(shapes[0])]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
+    return [a.reshape(shape) for a, shape in zip(mx.split(flat, ends), shapes, strict=True)]
 
 
 def cosine_with_warmup(step: int, lr: float, warmup: int, steps: int, min_ratio: float) -> float:
@@ -113,11 +181,16 @@ def cosine_with_warmup(step: int, lr: float, warmup: int, steps: int, min_ratio:
     return lr * (min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * share)))
 
 
-def clip_by_global_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
-    """Gradients scaled so that their joint norm is at most max_norm, and the norm before, float32 (infinite or NaN if a
-    gradient is).
-    """
+def global_norm(gradients: Any) -> mx.array:
+    """The joint norm of all gradients, float32; infinite or NaN if a gradient is."""
     squares = [g.astype(mx.float32).square().sum() for _, g in _flat(gradients)]
-    norm = mx.sqrt(mx.stack(squares).sum())
+    return mx.sqrt(mx.stack(squares).sum())
+
+
+def clip_by_global_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
+    """Gradients scaled so that their joint norm is at most max_norm, and the norm before. AdamW can take the factor
+    max_norm / max(norm, max_norm) instead, which saves a pass over the gradients.
+    """
+    norm = global_norm(gradients)
     factor = max_norm / mx.maximum(norm, max_norm)
     return tree_map(lambda g: (g * factor).astype(g.dtype), gradients), norm

@@ -6,12 +6,16 @@
 The second state is kept as its root s = sqrt(v), in float32 too: one meaning for both formats. In float16 a plain v
 underflows (0.001 * g^2 for g = 1e-3 is 1e-9), the step becomes lr m / eps and the weights explode. So 16-bit states
 hold 2^10 m, rounded to nearest, and 2^10 sqrt(v), rounded stochastically: its decay of 0.05 % a step is half a unit in
-the last place, and to nearest it would stall. The rounding's random numbers are a hash of (key, index), so a resumed
-run repeats them. States beyond float16 (gradients over 64) saturate.
+the last place, and to nearest it would stall. An element's random number is a hash of (salt, index) plus the step times
+the golden ratio, modulo 1: repeated by a resumed run, and over the steps spread more evenly than independent numbers,
+which halves the error. States beyond float16 (gradients over 64) saturate.
 """
 
+import functools
 import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from magellano.backend import mx
 from magellano.ops.host import KERNELS, Template
@@ -23,6 +27,7 @@ _LARGEST = 65504.0  # in float16
 _SMALLEST_ULP = 2.0**-24  # float16's subnormal spacing
 _THREADS = 256  # of a threadgroup on a GPU
 _HOST_ELEMENTS = 16384  # of one host thread at a time
+_UINT32, _GOLDEN = 0xFFFFFFFF, 0x9E3779B1  # 2^32 times the golden ratio less 1, odd
 
 _INPUTS, _OUTPUTS = ("w", "g", "m", "s", "peak", "numbers", "key"), ("new_w", "new_m", "new_s", "new_peak")
 _HEADER = (KERNELS / "adamw.h").read_text(encoding="utf-8")
@@ -43,7 +48,7 @@ class Moments:
 @dataclass(frozen=True)
 class Step:
     """The numbers of one step, float32 [8]: lr, 1 - beta1, 1 - beta2, eps, lr * weight decay, c1, c2, the factor on the
-    gradient (1 / loss scale, times a clip factor). `key`: uint32 [1], for the stochastic rounding.
+    gradient (1 / loss scale, times a clip factor). `key`: uint32 [8], the stochastic rounding's salt and phase (see `key`).
     """
 
     numbers: mx.array
@@ -51,7 +56,7 @@ class Step:
 
 
 def numbers(
-    step: mx.array,
+    step: int,
     lr: float | mx.array,
     beta1: float,
     beta2: float,
@@ -59,12 +64,22 @@ def numbers(
     weight_decay: float,
     factor: float | mx.array = 1.0,
 ) -> mx.array:
-    """`Step.numbers` of step `step` (from 1). The corrections by expm1: 1 - b^t in float32 loses digits early on."""
-    t = step.astype(mx.float32)
-    c1 = -1.0 / mx.expm1(t * math.log(beta1)) if beta1 else 1.0
-    c2 = mx.rsqrt(-mx.expm1(t * math.log(beta2))) if beta2 else 1.0
+    """`Step.numbers` of step `step` (from 1). The corrections by expm1: 1 - b^t in float32 loses digits early on. With
+    plain numbers this is one small array and no computation on the device.
+    """
+    c1 = -1.0 / math.expm1(step * math.log(beta1)) if beta1 else 1.0
+    c2 = 1.0 / math.sqrt(-math.expm1(step * math.log(beta2))) if beta2 else 1.0
     values = (lr, 1.0 - beta1, 1.0 - beta2, eps, lr * weight_decay, c1, c2, factor)
-    return mx.stack([mx.array(v, dtype=mx.float32) for v in values])
+    if any(isinstance(v, mx.array) for v in values):
+        return mx.stack([mx.array(v, dtype=mx.float32) for v in values])
+    return mx.array(np.array(values, np.float32))
+
+
+def key(salt: int, step: int) -> mx.array:
+    """`Step.key`: the salt tells tensors and seeds apart; the phase is step times the golden ratio, as a fraction of
+    2^32.
+    """
+    return mx.array(np.array([salt & _UINT32, step * _GOLDEN & _UINT32, *[0] * 6], np.uint32))
 
 
 def hash_u32(x: mx.array) -> mx.array:
@@ -74,11 +89,16 @@ def hash_u32(x: mx.array) -> mx.array:
     return x ^ (x >> 16)
 
 
-def adamw(w: mx.array, g: mx.array, moments: Moments, step: Step) -> tuple[mx.array, Moments]:
-    """The new w, in w's dtype, and the new moments, in theirs; inside all float32. g: the gradient, any float dtype."""
+def adamw(
+    w: mx.array, g: mx.array, moments: Moments, step: Step, *, in_place: bool = False
+) -> tuple[mx.array, Moments]:
+    """The new w, in w's dtype, and the new moments, in theirs; inside all float32. g: the gradient, any float dtype.
+
+    `in_place`: nobody else holds the moments, so that a CPU may write the new ones over them.
+    """
     assert w.shape == g.shape == moments.m.shape == moments.s.shape, (w.shape, g.shape, moments.m.shape)
     if w.size and not plain(w, g, moments.m, moments.s, step.numbers, step.key):
-        return _kernel(w, g, moments, step)
+        return _kernel(w, g, moments, step, in_place)
     return reference(w, g, moments, step)
 
 
@@ -104,25 +124,31 @@ def reference(w: mx.array, g: mx.array, moments: Moments, step: Step) -> tuple[m
 def _round_stochastically(x: mx.array, key: mx.array) -> mx.array:
     """x >= 0 to one of its two float16 neighbours, so that the mean is x."""
     index = mx.arange(x.size, dtype=mx.uint32).reshape(x.shape)
-    uniform = (hash_u32(index * mx.array(0x9E3779B1, dtype=mx.uint32) + key) >> 8).astype(mx.float32) * 2.0**-24
+    random = hash_u32(index * mx.array(_GOLDEN, dtype=mx.uint32) + key[0]) + key[1]
+    uniform = (random >> 8).astype(mx.float32) * 2.0**-24
     power = (x.view(mx.uint32) & 0x7F800000).view(mx.float32)
     ulp = mx.maximum(power * 2.0**-10, _SMALLEST_ULP)
     return mx.minimum(mx.floor(x / ulp + uniform) * ulp, _LARGEST).astype(mx.float16)
 
 
-def _kernel(w: mx.array, g: mx.array, moments: Moments, step: Step) -> tuple[mx.array, Moments]:
-    amsgrad, half = moments.peak is not None, moments.m.dtype == mx.float16
-    per_thread, stride = (8, _THREADS) if gpu_geometry() else (_HOST_ELEMENTS, 1)
-    even = half and w.size % (per_thread * stride) == 0
-    kernel = _SIMD8 if even else _V2 if half else _FP32
-    threads = w.size // per_thread if even else -(-w.size // _THREADS) * _THREADS
-    template: Template = {"TW": w.dtype, "TS": moments.m.dtype, "AMSGRAD": amsgrad, "EPT": per_thread if even else 1}
-    if even:
-        template = {**template, "STRIDE": stride}
-    nothing = mx.zeros((8,), moments.m.dtype)
-    arrays = (w, g, moments.m, moments.s, nothing if moments.peak is None else moments.peak)
-    new_w, m, s, peak = kernel(
-        [*(a.reshape(-1) for a in arrays), step.numbers, step.key],
+@functools.cache
+def _no_peak(dtype: mx.Dtype) -> mx.array:
+    return mx.zeros((8,), dtype)
+
+
+def _kernel(w: mx.array, g: mx.array, moments: Moments, step: Step, in_place: bool) -> tuple[mx.array, Moments]:
+    shape, amsgrad, half = w.shape, moments.peak is not None, moments.m.dtype == mx.float16
+    eights = half and gpu_geometry() and w.size % (8 * _THREADS) == 0
+    kernel = _SIMD8 if eights else _V2 if half else _FP32
+    threads = w.size // 8 if eights else -(-w.size // _THREADS) * _THREADS
+    template: Template = {"TW": w.dtype, "TS": moments.m.dtype, "AMSGRAD": amsgrad}
+    template = {**template, **({"TG": g.dtype} if eights else {"EPT": 1})}
+    states = {"new_m": moments.m, "new_s": moments.s}
+    if moments.peak is not None:
+        states["new_peak"] = moments.peak
+    peak = _no_peak(moments.m.dtype) if moments.peak is None else moments.peak
+    new_w, m, s, new_peak = kernel(
+        [*(_flat(a) for a in (w, g, moments.m, moments.s, peak)), step.numbers, step.key],
         template=template,
         grid=(threads, 1, 1),
         threadgroup=(_THREADS, 1, 1),
@@ -130,6 +156,11 @@ def _kernel(w: mx.array, g: mx.array, moments: Moments, step: Step) -> tuple[mx.
         host_grid=(-(-w.size // _HOST_ELEMENTS), 1, 1),
         output_shapes=[(w.size,)] * 3 + [(w.size,) if amsgrad else (8,)],
         output_dtypes=[w.dtype, *[moments.m.dtype] * 3],
+        reuse={name: _flat(a) for name, a in states.items()} if in_place else None,
     )
-    kept = Moments(m.reshape(w.shape), s.reshape(w.shape), peak.reshape(w.shape) if amsgrad else None)
-    return new_w.reshape(w.shape), kept
+    kept = Moments(m.reshape(shape), s.reshape(shape), new_peak.reshape(shape) if amsgrad else None)
+    return new_w.reshape(shape), kept
+
+
+def _flat(a: mx.array) -> mx.array:
+    return a if a.ndim == 1 else a.reshape(-1)

@@ -119,12 +119,16 @@ def source(
     outputs: Mapping[str, mx.Dtype],
     template: Template,
     fibers: bool,
+    in_place: bool = False,
 ) -> str:
-    """The C++ file: compatibility headers, template constants, the body as a function, a loop over the threadgroups."""
+    """The C++ file: compatibility headers, template constants, the body as a function, a loop over the threadgroups.
+    `in_place`: outputs may lie over inputs.
+    """
+    alone = "" if in_place else " __restrict__"
     shapes = [name for name in inputs if f"{name}_shape" in body]
     attributes = {a: how for a, how in (_SIZES | _PLACES).items() if a in body}
-    parameters = [f"const {_C_TYPES[t]}* __restrict__ {n}" for n, t in inputs.items()]
-    parameters += [f"{_C_TYPES[t]}* __restrict__ {n}" for n, t in outputs.items()]
+    parameters = [f"const {_C_TYPES[t]}*{alone} {n}" for n, t in inputs.items()]
+    parameters += [f"{_C_TYPES[t]}*{alone} {n}" for n, t in outputs.items()]
     parameters += [f"const int* {n}_shape" for n in shapes]
     arguments = [f"(const {_C_TYPES[t]}*)p[{i}]" for i, t in enumerate(inputs.values())]
     arguments += [f"({_C_TYPES[t]}*)p[{len(inputs) + i}]" for i, t in enumerate(outputs.values())]

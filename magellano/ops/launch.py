@@ -8,7 +8,7 @@ REFERENCE runs no kernel: every operation has a plain-MLX form beside it.
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -173,11 +173,14 @@ class Kernel:
         output_dtypes: Sequence[mx.Dtype],
         host_template: Template | None = None,
         host_grid: tuple[int, int, int] | None = None,
+        reuse: Mapping[str, mx.array] | None = None,
     ) -> list[mx.array]:
         """Runs the kernel over `grid` threads (multiples of `threadgroup`) and returns its outputs.
 
         On the host's own geometry (see `gpu_geometry`) the grid counts threadgroups of one thread; `host_template` then
         updates `template` and `host_grid` replaces `grid`. Raises TracedError inside mx.compile or mx.vmap on the host.
+        `reuse`: outputs that the host may write over these evaluated arrays, which nobody else holds: no fresh memory
+        to fill. GPUs allocate cheaply and ignore it.
         """
         assert len(inputs) == len(self.inputs), self.name
         assert len(output_shapes) == len(output_dtypes) == len(self.outputs), self.name
@@ -187,7 +190,7 @@ class Kernel:
         assert all(g % t == 0 for g, t in zip(grid, threadgroup, strict=True)), f"{self.name}: {grid} {threadgroup}"
         prepared = [self._prepare(n, a) for n, a in zip(self.inputs, inputs, strict=True)]
         if dialect() is Dialect.HOST:
-            return self._run_on_host(prepared, template, grid, threadgroup, output_shapes, output_dtypes)
+            return self._run_on_host(prepared, template, grid, threadgroup, output_shapes, output_dtypes, reuse or {})
         return self._run_on_gpu(prepared, template, grid, threadgroup, output_shapes, output_dtypes)
 
     def _prepare(self, name: str, a: mx.array) -> mx.array:
@@ -197,17 +200,26 @@ class Kernel:
             a = mx.pad(a.reshape(-1), (0, _SMALLEST - a.size))
         return a
 
-    def _run_on_host(self, inputs, template, grid, threadgroup, shapes, dtypes) -> list[mx.array]:  # type: ignore[no-untyped-def]
+    def _run_on_host(self, inputs, template, grid, threadgroup, shapes, dtypes, reuse) -> list[mx.array]:  # type: ignore[no-untyped-def]
         assert threadgroup[1:] == (1, 1), f"{self.name}: threadgroups are one-dimensional on fibers"
         inputs = [mx.contiguous(a) for a in inputs]
         host.evaluate(inputs, self.name)
-        key = (tuple(a.dtype for a in inputs), tuple(dtypes), tuple(sorted(template.items())), _mode.fibers)
+        key = (
+            tuple(a.dtype for a in inputs),
+            tuple(dtypes),
+            tuple(sorted(template.items())),
+            _mode.fibers,
+            bool(reuse),
+        )
         if key not in self._built:
             types_in = {n: a.dtype for n, a in zip(self.inputs, inputs, strict=True)}
             types_out = dict(zip(self.outputs, dtypes, strict=True))
-            text = host.source(self.body, self.header, types_in, types_out, template, _mode.fibers)
+            text = host.source(self.body, self.header, types_in, types_out, template, _mode.fibers, bool(reuse))
             self._built[key] = host.build(self.name, text, self.exact)
-        outputs = [_poison(s, d) if _mode.poison else mx.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+        fresh = _poison if _mode.poison else mx.zeros
+        wanted = zip(self.outputs, shapes, dtypes, strict=True)
+        outputs = [reuse[name] if name in reuse else fresh(shape, dtype) for name, shape, dtype in wanted]
+        assert all(o.shape == tuple(s) and o.dtype == d for o, s, d in zip(outputs, shapes, dtypes, strict=True))
         mx.eval(outputs)
         sizes = [a.shape for n, a in zip(self.inputs, inputs, strict=True) if f"{n}_shape" in self.body]
         groups = (grid[0] // threadgroup[0], grid[1], grid[2])

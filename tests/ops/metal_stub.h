@@ -29,7 +29,7 @@ typedef half float16_t;
 typedef bfloat bfloat16_t;
 enum class mem_flags { mem_threadgroup, mem_device };
 namespace metal {
-namespace fast { float exp2(float); float exp(float); float log(float); }
+namespace fast { float exp2(float); float exp(float); float log(float); float sqrt(float); }
 namespace precise { float exp2(float); float exp(float); float log(float); float sqrt(float); }
 float exp(float); float exp2(float); float log(float); float sqrt(float); float rsqrt(float); float floor(float);
 float fma(float, float, float);

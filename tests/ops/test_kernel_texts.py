@@ -94,10 +94,10 @@ def launches() -> Iterator[list[Launch]]:
     seen: dict[Launch, None] = {}
     original = Kernel._run_on_host
 
-    def record(kernel: Kernel, inputs, template, grid, threadgroup, shapes, dtypes):  # type: ignore[no-untyped-def]
+    def record(kernel: Kernel, inputs, template, grid, threadgroup, shapes, dtypes, *rest):  # type: ignore[no-untyped-def]
         call = Launch(kernel, tuple(a.dtype for a in inputs), tuple(dtypes), tuple(sorted(template.items())))
         seen[call] = None
-        return original(kernel, inputs, template, grid, threadgroup, shapes, dtypes)
+        return original(kernel, inputs, template, grid, threadgroup, shapes, dtypes, *rest)
 
     with pytest.MonkeyPatch.context() as patch, launch.on_fibers():
         patch.setattr(Kernel, "_run_on_host", record)
