@@ -1,84 +1,117 @@
-"""Sweeps the scan's GPU geometry: `python benchmarks/gpu_scan.py` prints the error of each, and its times.
+"""Sweeps the scan's GPU geometry: `python benchmarks/gpu_scan.py` prints the times of each, fastest first.
 
-Sizes are those that mamba-ssm's CUDA kernels were measured at: float16, N 16, gate, skip and softplus fused.
+Sizes are those that mamba-ssm's CUDA kernels were measured at: float16, N 16, gate, skip and softplus fused. Time of the
+kernels: many runs in one graph, each waiting for the one before; time per call: each run evaluated by itself.
+Geometries are compiled beforehand by several processes, whose results MLX keeps on disk.
 """
 
+import concurrent.futures
 import itertools
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
 
 from magellano.backend import describe, mx, on_gpu
+from magellano.benchmark import machine
 from magellano.errors import InputError
 from magellano.ops import launch
-from magellano.ops.selective_scan import Geometry, backward, forward, reference
+from magellano.ops.selective_scan import Geometry, backward, forward
 
 NAMES = ("x", "dt", "A", "b", "c", "skip", "z", "dt_bias")
 SIZES = ((4, 512, 4096), (1, 16384, 4096))  # B, T, I
 N = 16
+FORWARD = [
+    Geometry(lanes, 1, simdgroups, steps, 32, segments)
+    for lanes, simdgroups, steps, segments in itertools.product((1, 2, 4), (2, 4), (8, 16), (1, 2, 4, 8))
+]
+BACKWARD = [
+    Geometry(lanes, 1, simdgroups, steps, 32, segments)
+    for lanes, simdgroups, steps, segments in itertools.product((1, 2, 4), (1, 2, 4), (8, 16), (1, 2, 4, 8))
+    if steps * (N // lanes) <= 128
+]
+Inputs = tuple[dict[str, mx.array], mx.array]
 
 
-def inputs(B: int, T: int, I: int, dtype: mx.Dtype) -> tuple[dict[str, mx.array], mx.array]:
+def inputs(B: int, T: int, I: int, dtype: mx.Dtype) -> Inputs:
     """Seeded inputs as a trained model has them, and a cotangent."""
     mx.random.seed(0)
     normal = mx.random.normal
-    A = -mx.broadcast_to(mx.arange(1, N + 1).astype(mx.float32), (I, N))
+    A = -mx.broadcast_to(mx.arange(1, N + 1).astype(mx.float32), (I, N)) * mx.ones((I, N))
     values = (normal((B, T, I)), 0.5 * normal((B, T, I)), A, normal((B, T, N)), normal((B, T, N)), mx.ones(I),
               normal((B, T, I)), normal((I,)) - 4)  # fmt: skip
     given = {n: v if n in ("A", "skip", "dt_bias") else v.astype(dtype) for n, v in zip(NAMES, values, strict=True)}
     return given, normal((B, T, I)).astype(dtype)
 
 
-def milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median of three rounds, each of `repeats` calls evaluated one by one."""
-    rounds = []
-    mx.eval(call())
-    for _ in range(3):
-        mx.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            mx.eval(call())
-        mx.synchronize()
-        rounds.append((time.perf_counter() - start) / repeats * 1e3)
-    return sorted(rounds)[1]
+def ahead(v: Inputs, chosen: Geometry) -> Callable[[mx.array], list[mx.array]]:
+    """The forward as a function of x."""
+    return lambda x: forward({**v[0], "x": x}, chosen)
 
 
-def error(chosen: Geometry) -> float:
-    """The largest relative error of y and of every gradient, at a small ragged size in float32."""
-    given, dy = inputs(2, 67, 136, mx.float32)
-    y, _, borders = forward(given, chosen)
-    grads = backward(given, borders, dy, None, chosen, frozen=False)
-    (want_y,), want = mx.vjp(lambda *a: reference(*a)[0], list(given.values()), [dy])
-    pairs = [(y, want_y), *((grads[n], w) for n, w in zip(given, want, strict=True))]
-    worst = mx.stack([mx.abs(got - w).max() / mx.abs(w).max() for got, w in pairs]).max()
-    return worst.item()  # type: ignore[return-value]
+def back(v: Inputs, chosen: Geometry) -> Callable[[mx.array], list[mx.array]]:
+    """The backward with frozen parameters and its sums over partial results, as a function of x."""
+    borders = forward(v[0], chosen)[2]
+    mx.eval(borders)
+    wanted = ("x", "dt", "b", "c", "z")
+
+    def run(x: mx.array) -> list[mx.array]:
+        grads = backward({**v[0], "x": x}, borders, v[1], None, chosen, frozen=True)
+        return [grads[name] for name in wanted]
+
+    return run
 
 
-def times(chosen: Geometry, B: int, T: int, I: int) -> tuple[float, float]:
-    """Milliseconds of the forward, and of the backward with frozen parameters and its sums over partial results."""
-    given, dy = inputs(B, T, I, mx.float16)
-    borders = forward(given, chosen)[2]
-    mx.eval(given, dy, borders)
-    ahead = milliseconds(lambda: forward(given, chosen))
-    return ahead, milliseconds(lambda: list(backward(given, borders, dy, None, chosen, frozen=True).values()))
+def milliseconds(run: Callable[[mx.array], list[mx.array]], x: mx.array, chain: int) -> float:
+    """The best of three chains of `chain` runs, each run waiting for the one before, per run."""
+
+    def work() -> list[mx.array]:
+        made: list[mx.array] = []
+        for _ in range(chain):
+            made = run(mx.depends([x], made)[0] if made else x)
+        return made
+
+    return machine.seconds(work, 3) / chain * 1e3
+
+
+def compile_part(part: int, parts: int) -> None:
+    """Runs every `parts`-th geometry once at a tiny size."""
+    v = inputs(1, 64, 256, mx.float16)
+    for chosen in FORWARD[part::parts]:
+        mx.eval(forward(v[0], chosen))
+    for chosen in BACKWARD[part::parts]:
+        borders = forward(v[0], Geometry(4, 1, 2, chosen.steps, 32))[2]
+        mx.eval(list(backward(v[0], borders, v[1], None, chosen, frozen=True).values()))
+
+
+def sweep(what: str, geometries: list[Geometry], make: Callable[[Inputs, Geometry], Callable], keep: int = 6) -> None:
+    """Prints the fastest geometries of every size."""
+    for B, T, I in SIZES:
+        v = inputs(B, T, I, mx.float16)
+        mx.eval(v)
+        times = {}
+        for chosen in geometries:
+            if T // chosen.steps < 4 * chosen.segments or (T > 1024) != (chosen.segments > 1) and T > 1024:
+                continue
+            times[chosen] = milliseconds(make(v, chosen), v[0]["x"], 16 if T < 1024 else 3)
+        for chosen, ms in sorted(times.items(), key=lambda item: item[1])[:keep]:
+            one = machine.seconds(lambda chosen=chosen: make(v, chosen)(v[0]["x"]), 10) * 1e3  # type: ignore[misc]
+            shape = f"lanes {chosen.lanes:2} simdgroups {chosen.simdgroups} steps {chosen.steps:2}"
+            print(f"{what} B {B} T {T}: {shape} segments {chosen.segments}: {ms:.3f} ms, per call {one:.3f}", flush=True)
 
 
 def main() -> None:
-    """Every geometry at every size; errors first, so that a wrong one is seen before it is timed."""
+    """Compiles, then measures both directions."""
     if not on_gpu():
         raise InputError("gpu_scan: MLX's default device is not a GPU; `magellano benchmark scan` times the CPU")
-    print(describe(), launch.dialect())
-    for lanes, simdgroups, steps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (4, 8, 16, 32)):
-        if steps % lanes or steps * (N // lanes) > 128:  # role 1 needs whole rounds; more would spill registers
-            continue
-        chosen = Geometry(lanes, 1, simdgroups, steps, simd=32)
-        shared = 4 * steps * (6 * chosen.group_channels + 2 * N * (1 + simdgroups))  # bytes, in the backward
-        if shared > 32768:
-            continue
-        line = f"lanes {lanes:2} simdgroups {simdgroups} steps {steps:2}: error {error(chosen):.1e}"
-        for B, T, I in SIZES:
-            ahead, back = times(chosen, B, T, I)
-            line += f" | B {B} T {T}: forward {ahead:.3f} ms, backward {back:.3f} ms"
-        print(line, flush=True)
+    print(describe(), launch.dialect(), f"copy {machine.copy_bandwidth() / 1e9:.0f} GB/s")
+    started, parts = time.perf_counter(), min(12, os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(parts, mp_context=context) as pool:
+        list(pool.map(compile_part, range(parts), itertools.repeat(parts)))
+    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    sweep("forward", FORWARD, ahead)
+    sweep("backward", BACKWARD, back)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@
   constexpr int THREADS = SG * SIMD_W;
   constexpr int ROWS = AHEAD ? TC / NL : 1, PAIRS = AHEAD ? (TC * N + THREADS - 1) / THREADS : 1;
   const int B = x_shape[0], T = x_shape[1], I = x_shape[2], K = (T + TC - 1) / TC;
-  const int lid = thread_index_in_threadgroup, batch = thread_position_in_grid.y, group = threadgroup_position_in_grid.x;
+  const int lid = thread_index_in_threadgroup, batch = threadgroup_position_in_grid.y, group = threadgroup_position_in_grid.x;
   const int simdgroup = lid / SIMD_W, lane = lid % SIMD_W, first = group * CG;
-  const int segment = thread_position_in_grid.z + SUMMARY, per_segment = (K + SEGS - 1) / SEGS;
+  const int segment = threadgroup_position_in_grid.z + SUMMARY, per_segment = (K + SEGS - 1) / SEGS;
   const int first_chunk = segment * per_segment, last_chunk = first_chunk + per_segment < K ? first_chunk + per_segment : K;
   const int j0 = lid / (CG / CPT), c1 = lid % (CG / CPT) * CPT;
   const int q = lid % NL, n0 = q * NS, c2 = lid / NL * CPT;
@@ -48,12 +48,13 @@
       a[n][ch] = A[at] * LOG2E;
       g[n][ch] = HAS_DSTATE && !SUMMARY && mine2 ? dstate_out[(size_t)batch * I * N + at] : 0.0f;
       da[n][ch] = 0.0f;
-      if (!SUMMARY) {
-        for (int later = SEGS - 1; later > segment; --later) {
-          const size_t row = (size_t)(later * B + batch) * I + i2 + ch;
-          g[n][ch] = fexp2(totals[row] * a[n][ch]) * keeps[row] * g[n][ch] + ends[row * N + n0 + n];
-        }
-      }
+    }
+  }
+  for (int later = SEGS - 1; SEGS > 1 && !SUMMARY && mine2 && later > segment; --later) {
+    for (int ch = 0; ch < CPT; ++ch) {
+      const size_t at = (size_t)(later * B + batch) * I + i2 + ch;
+      const float whole = totals[at], keep = keeps[at];
+      REGS for (int n = 0; n < NS; ++n) g[n][ch] = fexp2(whole * a[n][ch]) * keep * g[n][ch] + ends[at * N + n0 + n];
     }
   }
   LANES for (int ch = 0; ch < CPT; ++ch) {

@@ -16,7 +16,7 @@
   constexpr int THREADS = SG * SIMD_W;
   constexpr int ROWS = AHEAD ? TC / NL : 1, PAIRS = AHEAD ? (TC * N + THREADS - 1) / THREADS : 1;
   const int B = x_shape[0], T = x_shape[1], I = x_shape[2], K = (T + TC - 1) / TC;
-  const int lid = thread_index_in_threadgroup, batch = thread_position_in_grid.y, segment = thread_position_in_grid.z;
+  const int lid = thread_index_in_threadgroup, batch = threadgroup_position_in_grid.y, segment = threadgroup_position_in_grid.z;
   const int first = threadgroup_position_in_grid.x * CG;
   const int per_segment = (K + SEGS - 1) / SEGS, first_chunk = segment * per_segment;
   const int last_chunk = first_chunk + per_segment < K ? first_chunk + per_segment : K;
@@ -43,12 +43,13 @@
       const size_t at = (size_t)(i2 + ch) * N + n0 + n;
       a[n][ch] = A[at] * LOG2E;  // exp(d A) is 2^(d a)
       s[n][ch] = HAS_STATE && !SUMMARY ? state[(size_t)batch * I * N + at] : 0.0f;
-      if (!SUMMARY) {
-        for (int earlier = 0; earlier < segment; ++earlier) {
-          const size_t row = (size_t)(earlier * B + batch) * I + i2 + ch;
-          s[n][ch] = fexp2(totals[row] * a[n][ch]) * keeps[row] * s[n][ch] + ends[row * N + n0 + n];
-        }
-      }
+    }
+  }
+  for (int earlier = 0; SEGS > 1 && !SUMMARY && earlier < segment; ++earlier) {
+    for (int ch = 0; ch < CPT; ++ch) {
+      const size_t at = (size_t)(earlier * B + batch) * I + i2 + ch;
+      const float whole = totals[at], keep = keeps[at];
+      REGS for (int n = 0; n < NS; ++n) s[n][ch] = fexp2(whole * a[n][ch]) * keep * s[n][ch] + ends[at * N + n0 + n];
     }
   }
   LANES for (int ch = 0; ch < CPT; ++ch) {

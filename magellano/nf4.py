@@ -1,6 +1,6 @@
 """A matrix held in NF4 with double quantisation: 4.127 bits a weight. The arithmetic is in magellano/ops/nf4.py."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,6 +55,11 @@ class NF4Tensor:
                 )
         return tensor
 
+    @property
+    def parts(self) -> nf4.Parts:
+        """The packed arrays as the operations take them."""
+        return nf4.Parts(self.codes, self.scale_codes, self.scale_absmax, self.scale_offset)
+
     def factors(self) -> mx.array:
         """The float32 factor of each block of 64, [P]."""
         return nf4.expand_scales(self.scale_codes, self.scale_absmax, self.scale_offset)
@@ -64,7 +69,8 @@ class NF4Tensor:
         is there: without such an order MLX may make the dense forms of many layers at once.
         """
         codes = self.codes if after is None else mx.depends([self.codes], [after])[0]
-        return nf4.dequantize_blocks(codes, self.factors(), self.size, dtype).reshape(self.shape)
+        parts = nf4.Parts(codes, self.scale_codes, self.scale_absmax, self.scale_offset)
+        return nf4.dequantize(parts, self.size, dtype).reshape(self.shape)
 
     def slices(self, dtype: mx.Dtype = mx.float32) -> Iterator[tuple[int, int, mx.array]]:
         """(first row, last row + 1, dense rows) over a matrix, some 16 M weights at a time: never dense as a whole."""
@@ -96,3 +102,14 @@ def quantize(w: mx.array) -> NF4Tensor:
         raise ValueError(f"cannot quantise an array of shape {w.shape} and dtype {w.dtype}: it must hold float values")
     codes, absmax = nf4.quantize_blocks(w.reshape(-1))
     return NF4Tensor(tuple(w.shape), codes, *nf4.quantize_scales(absmax))
+
+
+def stacked(tensors: Sequence[NF4Tensor]) -> nf4.Parts:
+    """The parts of E matrices of one shape, side by side, for the expert-gathered `nf4_matvec`."""
+    parts = [t.parts for t in tensors]
+    return nf4.Parts(
+        mx.stack([p.codes for p in parts]),
+        mx.stack([p.scale_codes for p in parts]),
+        mx.stack([p.scale_absmax for p in parts]),
+        mx.stack([p.offset for p in parts]),
+    )

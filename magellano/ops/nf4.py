@@ -12,22 +12,32 @@ in.
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from magellano.backend import mx
-from magellano.ops.launch import Kernel
+from magellano.ops import launch
+from magellano.ops.host import KERNELS
+from magellano.ops.launch import Dialect, Kernel
 from magellano.ops.lazy import detached, plain
 
 _QUANTIZE = Kernel("nf4_quantize", ("w", "borders"), ("codes", "absmax"), exact=True)
-_DEQUANTIZE = Kernel("nf4_dequantize", ("codes", "factor", "values", "size"), ("out",), exact=True)
-_THREADS = 128  # of a threadgroup on a GPU
-_GPU_VALUES = 8  # dequantised by one GPU thread
+_HEADER = (KERNELS / "nf4.h").read_text(encoding="utf-8")
+_SCALES = ("scale_codes", "scale_absmax", "offset", "scales", "values")
+_DEQUANTIZE = Kernel(
+    "nf4_dequantize", ("codes", "factor", *_SCALES, "size"), ("out",), exact=True, header=_HEADER
+)
+_MATVEC = Kernel("nf4_matvec", ("x", "expert", "codes", *_SCALES), ("y",), header=_HEADER)
+_THREADS, _SIMD = 128, 32  # of a threadgroup and of a simdgroup on a GPU
+_GPU_UNITS = 8  # packs of 16 bytes dequantised by one GPU thread
 _HOST_BLOCKS = 256  # handled by one host thread at a time
+_GPU_OUTS, _HOST_OUTS = 2, 16  # outputs of the matrix-vector product that share the reading of x
+MATVEC_ROWS = 4  # up to so many rows the matrix-vector kernel reads the codes anew for each
 
 BLOCK, SCALE_BLOCK = 64, 256
-_SLICE = 1 << 22  # values quantised at a time: bounds the temporaries
+_SLICE, _GPU_SLICE = 1 << 22, 1 << 28  # values quantised at a time: bounds the temporaries, of which a GPU has none
 _TINY = 1e-38  # bitsandbytes' guard against an all-zero block
 
 # The 16 quantiles of a normal distribution, from bitsandbytes.
@@ -38,11 +48,26 @@ _VALUES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The packed arrays of one matrix, or of E matrices of one shape with a leading dimension E: codes [C], scale_codes
+    [P], scale_absmax [Q], offset [1].
+    """
+
+    codes: mx.array
+    scale_codes: mx.array
+    scale_absmax: mx.array
+    offset: mx.array
+
+
 class Quantized(Protocol):
-    """What `nf4_matmul` and the loss need of an NF4 matrix [O, I] (see magellano/nf4.py)."""
+    """What the operations need of an NF4 matrix [O, I] (see magellano/nf4.py)."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def parts(self) -> Parts: ...
 
     def dequantize(self, dtype: mx.Dtype = ..., after: mx.array | None = None) -> mx.array: ...
 
@@ -53,6 +78,18 @@ class Quantized(Protocol):
 def values() -> mx.array:
     """The 16 values of the codes, float32."""
     return mx.array(_VALUES, dtype=mx.float32)
+
+
+@functools.cache
+def _no_codes() -> mx.array:
+    """Stands in for scale codes that are not used."""
+    return mx.array([0] * 8, dtype=mx.uint8)
+
+
+@functools.cache
+def _first_matrix() -> mx.array:
+    """Stands in for the numbers of experts."""
+    return mx.array([0] * 8, dtype=mx.int32)
 
 
 @functools.cache
@@ -104,9 +141,10 @@ def _scale_midpoints() -> mx.array:
 def quantize_blocks(w_n: mx.array) -> tuple[mx.array, mx.array]:
     """Flat values -> (codes uint8 [C], block maxima float32 [P]). Temporaries are bounded, for tensors of any size."""
     make = _quantize_reference if plain(w_n) else _quantize_kernel
+    step = _GPU_SLICE if launch.dialect() in (Dialect.CUDA, Dialect.METAL) else _SLICE
     codes, absmax = [], []
-    for i in range(0, w_n.size, _SLICE):
-        codes_C, absmax_P = make(w_n[i : i + _SLICE])
+    for i in range(0, w_n.size, step):
+        codes_C, absmax_P = make(w_n[i : i + step])
         mx.eval(codes_C, absmax_P)
         codes.append(codes_C)
         absmax.append(absmax_P)
@@ -122,7 +160,7 @@ def _quantize_kernel(w_n: mx.array) -> tuple[mx.array, mx.array]:
     codes_C, absmax_P = _QUANTIZE(
         [w_n, midpoints()],
         template={"BLOCKS": 1},
-        grid=_grid(blocks),
+        grid=_grid(blocks * _SIMD),
         threadgroup=(_THREADS, 1, 1),
         host_template={"BLOCKS": _HOST_BLOCKS},
         host_grid=(-(-blocks // _HOST_BLOCKS), 1, 1),
@@ -167,25 +205,119 @@ def expand_scales(scale_codes_P: mx.array, scale_Q: mx.array, offset: mx.array) 
     return (table * scale_Q[:, None]).reshape(-1)[:count] + offset
 
 
+def dequantize(parts: Parts, count: int, dtype: mx.Dtype) -> mx.array:
+    """The `count` flat values of one matrix in `dtype`, computed in float32."""
+    # Metal's compiler may fuse the factor's product and sum, so there MLX makes the factors.
+    if plain(parts.codes) or launch.dialect() is Dialect.METAL:
+        factor_P = expand_scales(parts.scale_codes, parts.scale_absmax, parts.offset)
+        return dequantize_blocks(parts.codes, factor_P, count, dtype)
+    return _dequantize_kernel(parts.codes, None, parts, count, dtype)
+
+
 def dequantize_blocks(codes_C: mx.array, factor_P: mx.array, count: int, dtype: mx.Dtype) -> mx.array:
     """Codes and the factor of each block -> `count` flat values in `dtype`, computed in float32."""
     if plain(codes_C, factor_P):
         return _dequantize_reference(codes_C, factor_P, count, dtype)
-    return _DEQUANTIZE(
-        [codes_C, factor_P, values(), mx.array([count], dtype=mx.int32)],
-        template={"T": dtype, "EPT": _GPU_VALUES},
-        grid=_grid(-(-count // _GPU_VALUES)),
+    return _dequantize_kernel(codes_C, factor_P, None, count, dtype)
+
+
+def _dequantize_kernel(
+    codes_C: mx.array, factor_P: mx.array | None, parts: Parts | None, count: int, dtype: mx.Dtype
+) -> mx.array:
+    width = 16 // dtype.size if launch.gpu_geometry() else 2  # values per word of codes; a GPU stores 16 bytes of them
+    words = -(-count // width)
+    made: mx.array = _DEQUANTIZE(
+        [
+            _words(codes_C, width),
+            values() if factor_P is None else factor_P,
+            *_scale_arrays(parts),
+            _count(words),
+        ],
+        template={
+            "T": dtype, "V": width, "UNITS": _GPU_UNITS, "THREADS": _THREADS, "RUN": 1, "EXPAND": factor_P is None,
+        },
+        grid=_grid(-(-words // _GPU_UNITS)),
         threadgroup=(_THREADS, 1, 1),
-        host_template={"EPT": BLOCK * _HOST_BLOCKS},
-        host_grid=(-(-count // (BLOCK * _HOST_BLOCKS)), 1, 1),
-        output_shapes=[(count,)],
+        host_template={"UNITS": _HOST_BLOCKS, "THREADS": 1, "RUN": BLOCK // width},
+        host_grid=(-(-words // (BLOCK // width * _HOST_BLOCKS)), 1, 1),
+        output_shapes=[(words * width,)],
         output_dtypes=[dtype],
-    )[0]
+    )[0]  # fmt: skip
+    return made if made.size == count else made[:count]
+
+
+@functools.cache
+def _count(words: int) -> mx.array:
+    """As an array, kept: on a GPU making one is a copy."""
+    return mx.array([words] * 8, dtype=mx.int32)
+
+
+def _words(codes: mx.array, width: int) -> mx.array:
+    """Codes in words of `width` each, the last filled up."""
+    if width == 2:
+        return codes
+    missing = -codes.shape[-1] % (width // 2)
+    if missing:
+        codes = mx.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
+    return codes.view({4: mx.uint16, 8: mx.uint32}[width])
+
+
+def _scale_arrays(parts: Parts | None) -> list[mx.array]:
+    if parts is None:
+        return [_no_codes(), *[values()] * 4]
+    return [parts.scale_codes, parts.scale_absmax, parts.offset, scale_values(), values()]
 
 
 def _dequantize_reference(codes_C: mx.array, factor_P: mx.array, count: int, dtype: mx.Dtype) -> mx.array:
     pair_PB = _pairs()[mx.pad(codes_C, (0, -codes_C.size % (BLOCK // 2)))].reshape(-1, BLOCK)
     return (pair_PB * factor_P[:, None]).astype(dtype).reshape(-1)[:count]
+
+
+def nf4_matvec(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None = None) -> mx.array:
+    """x_MI W^T, [M, outputs] in x's dtype, straight from the codes, summed in float32; I a multiple of 64. With
+    expert_M the parts hold E matrices, and row m is multiplied by number expert_M[m]. For few rows, as in decoding:
+    each reads all codes of its matrix. No gradient. Raises ValueError for sizes that do not fit.
+    """
+    M, I = x_MI.shape
+    codes = w.codes.reshape(-1, w.codes.shape[-1])
+    if I % BLOCK or codes.shape[1] * 2 != outputs * I or (expert_M is None and codes.shape[0] != 1):
+        raise ValueError(f"nf4_matvec: x {x_MI.shape} and {outputs} outputs do not fit codes of shape {w.codes.shape}")
+    if plain(x_MI, codes):
+        return _matvec_reference(x_MI, w, outputs, expert_M)
+    width = 8 if launch.gpu_geometry() else 2
+    groups = -(-outputs // (_GPU_OUTS * (_THREADS // _SIMD)))
+    y: mx.array = _MATVEC(
+        [
+            x_MI,
+            _first_matrix() if expert_M is None else expert_M.astype(mx.int32),
+            _words(codes, width),
+            *_scale_arrays(w),
+        ],
+        template={
+            "T": x_MI.dtype, "V": width, "RUN": 1, "OUTS": _GPU_OUTS, "SG": _THREADS // _SIMD, "O_SIZE": outputs,
+            "GATHER": expert_M is not None,
+        },
+        grid=(groups * _THREADS, M, 1),
+        threadgroup=(_THREADS, 1, 1),
+        host_template={"RUN": BLOCK // width, "OUTS": _HOST_OUTS, "SG": 1},
+        host_grid=(-(-outputs // _HOST_OUTS), M, 1),
+        output_shapes=[(M, outputs)],
+        output_dtypes=[x_MI.dtype],
+    )[0]  # fmt: skip
+    return y
+
+
+def _matvec_reference(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None) -> mx.array:
+    rows, I = [], x_MI.shape[1]
+    codes, scale_codes, scale_absmax = (
+        a.reshape(-1, a.shape[-1]) for a in (w.codes, w.scale_codes, w.scale_absmax)
+    )
+    for m in range(x_MI.shape[0]):
+        e = mx.array(0) if expert_M is None else expert_M[m]
+        factor_P = expand_scales(scale_codes[e], scale_absmax[e], w.offset.reshape(-1)[e])
+        w_OI = _dequantize_reference(codes[e], factor_P, outputs * I, mx.float32).reshape(outputs, I)
+        rows.append(w_OI @ x_MI[m].astype(mx.float32))
+    return mx.stack(rows).astype(x_MI.dtype)
 
 
 def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
@@ -195,6 +327,9 @@ def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
+        rows = x.size // x.shape[-1]
+        if rows <= MATVEC_ROWS and x.shape[-1] % BLOCK == 0 and not plain(x):
+            return detached(nf4_matvec(x.reshape(rows, -1), w.parts, w.shape[0]).reshape(*x.shape[:-1], w.shape[0]))
         return detached(x @ w.dequantize(x.dtype, after=x).T)
 
     @product.vjp

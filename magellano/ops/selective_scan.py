@@ -3,6 +3,7 @@
 Shapes: B batch, T time, I d_inner, N d_state; K chunks of TC steps, G threadgroups.
 """
 
+import functools
 from dataclasses import dataclass
 
 from magellano.backend import mx
@@ -10,11 +11,12 @@ from magellano.ops import launch
 from magellano.ops.launch import Dialect, Kernel
 
 _INPUTS = ("x", "dt", "A", "b", "c", "skip", "z", "dt_bias", "reset", "state")
-_FORWARD = Kernel("selective_scan_forward", _INPUTS, ("y", "state_out", "borders"))
+_SEGMENTS = ("ends", "totals", "keeps")  # what a first launch finds of each segment of time
+_FORWARD = Kernel("selective_scan_forward", (*_INPUTS, *_SEGMENTS), ("y", "state_out", "borders", "total", "kept"))
 _BACKWARD = Kernel(
     "selective_scan_backward",
-    (*_INPUTS, "borders", "dy", "dstate_out"),
-    ("dx", "ddt", "dA", "db", "dc", "dskip", "dz", "dbias", "dstate"),
+    (*_INPUTS, "borders", "dy", "dstate_out", *_SEGMENTS),
+    ("dx", "ddt", "dA", "db", "dc", "dskip", "dz", "dbias", "dstate", "total", "kept"),
 )
 _NOTHING = (8,)  # the shape that stands in for an array that is not there
 
@@ -118,24 +120,47 @@ class Geometry:
     simdgroups: int  # simdgroups per threadgroup [SG]
     steps: int  # steps per chunk, between two kept borders [TC]
     simd: int  # threads per simdgroup
+    segments: int = 1  # parts of time that are scanned side by side [SEGS]
 
     @property
     def group_channels(self) -> int:
         return self.simdgroups * self.simd // self.lanes * self.channels
 
     def template(self) -> dict[str, int]:
-        return {"NL": self.lanes, "CPT": self.channels, "SG": self.simdgroups, "TC": self.steps}
+        ahead = self.simd > 1  # on a CPU loads need no head start
+        assert not ahead or self.steps <= self.simdgroups * self.simd
+        sizes = {"NL": self.lanes, "CPT": self.channels, "SG": self.simdgroups, "TC": self.steps}
+        return {**sizes, "SEGS": self.segments, "AHEAD": ahead}
+
+    def grid(self, B: int, I: int, segments: int) -> dict[str, tuple[int, int, int]]:
+        """The launch over `segments` of the segments."""
+        threads = self.simdgroups * self.simd
+        return {
+            "grid": (-(-I // self.group_channels) * threads, B, segments),
+            "threadgroup": (threads, 1, 1),
+        }
 
 
-def geometry(B: int, T: int, I: int, N: int) -> Geometry:
-    """The default geometry for these sizes in the dialect in force. On a GPU N must be a power of two."""
+def geometry(B: int, T: int, I: int, N: int) -> tuple[Geometry, Geometry]:
+    """The default geometries of forward and backward for these sizes in the dialect in force; their chunks are equal.
+    On a GPU N must be a power of two.
+    """
     if launch.gpu_geometry():
         lanes = min(4, N)
-        return Geometry(lanes, channels=1, simdgroups=4, steps=lanes if T == 1 else 8, simd=32)
+        chosen = Geometry(lanes, channels=1, simdgroups=4, steps=lanes if T == 1 else 8, simd=32)
+        return chosen, chosen
     widths = (
         (128, 64, 32, 16, 8, 4, 2, 1) if B * I >= 2048 else (64, 32, 16, 8, 4, 2, 1)
     )  # enough groups for every core
-    return Geometry(1, channels=max(c for c in widths if I % c == 0), simdgroups=1, steps=1 if T == 1 else 16, simd=1)
+    width = max(c for c in widths if I % c == 0)
+    chosen = Geometry(1, channels=width, simdgroups=1, steps=1 if T == 1 else 16, simd=1)
+    return chosen, chosen
+
+
+@functools.cache
+def _nothing() -> mx.array:
+    """Stands in for an array that is not there; made once, since on a GPU making it is a launch."""
+    return mx.array([0.0] * _NOTHING[0])
 
 
 def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple[mx.array, mx.array]:
@@ -145,17 +170,17 @@ def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple
     constants = {"reset"} | ({"A", "skip", "dt_bias"} if frozen else set())
     moving = [name for name in given if name not in constants]
     B, T, I = given["x"].shape
-    chosen = geometry(B, T, I, given["A"].shape[1])
+    ahead, back = geometry(B, T, I, given["A"].shape[1])
 
     @mx.custom_function
     def scan(*values: mx.array) -> tuple[mx.array, ...]:
-        return tuple(forward({**given, **dict(zip(moving, values, strict=True))}, chosen))
+        return tuple(forward({**given, **dict(zip(moving, values, strict=True))}, ahead))
 
     @scan.vjp
     def scan_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         values = {**given, **dict(zip(moving, primals, strict=True))}
         dstate_out = cotangents[1] if return_state else None
-        grads = backward(values, outputs[2], cotangents[0], dstate_out, chosen, frozen)
+        grads = backward(values, outputs[2], cotangents[0], dstate_out, back, frozen)
         return tuple(grads[name] for name in moving)
 
     y_BTI, last_BIN, _ = scan(*[given[name] for name in moving])  # type: ignore[misc]
@@ -180,18 +205,30 @@ def _prepare(given: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 def forward(given: dict[str, mx.array], chosen: Geometry) -> list[mx.array]:
-    """One launch: y_BTI, the last state_BIN, and the states between chunks [B, K-1, N, I] for `backward`."""
+    """One launch, or two where time is cut into segments: y_BTI, the last state_BIN, and the states between chunks
+    [B, K-1, N, I] for `backward`.
+    """
     (B, T, I), N = given["x"].shape, given["A"].shape[1]
-    K = -(-T // chosen.steps)
-    grid, threadgroup = _grid(chosen, B, I)
+    K, S = -(-T // chosen.steps), chosen.segments
+    arrays = [given.get(name, _nothing()) for name in _INPUTS]
+    template = {**_flags(given), **chosen.template(), **_types(given), "N": N}
+    segments = [_nothing()] * len(_SEGMENTS)
+    if S > 1:
+        _, *found = _FORWARD(
+            [*arrays, *segments],
+            template={**template, "SUMMARY": True},
+            **chosen.grid(B, I, S - 1),
+            output_shapes=[_NOTHING, (S - 1, B, I, N), _NOTHING, (S - 1, B, I), (S - 1, B, I)],
+            output_dtypes=[given["x"].dtype, *[mx.float32] * 4],
+        )
+        segments = [found[0], *found[2:]]
     return _FORWARD(
-        [given.get(name, mx.zeros(_NOTHING)) for name in _INPUTS],
-        template={**_flags(given), **chosen.template(), "N": N, "TX": given["x"].dtype},
-        grid=grid,
-        threadgroup=threadgroup,
-        output_shapes=[(B, T, I), (B, I, N), (B, K - 1, N, I) if K > 1 else _NOTHING],
-        output_dtypes=[given["x"].dtype, mx.float32, mx.float32],
-    )
+        [*arrays, *segments],
+        template={**template, "SUMMARY": False},
+        **chosen.grid(B, I, S),
+        output_shapes=[(B, T, I), (B, I, N), (B, K - 1, N, I) if K > 1 else _NOTHING, _NOTHING, _NOTHING],
+        output_dtypes=[given["x"].dtype, *[mx.float32] * 4],
+    )[:3]
 
 
 def backward(
@@ -202,28 +239,35 @@ def backward(
     chosen: Geometry,
     frozen: bool,
 ) -> dict[str, mx.array]:
-    """One launch and the sums over its partial results: the gradient of every input under its name."""
+    """One or two launches and the sums over their partial results: the gradient of every input under its name."""
     (B, T, I), N = given["x"].shape, given["A"].shape[1]
-    G = -(-I // chosen.group_channels)
-    types = {"TX": given["x"].dtype, "TDT": given["dt"].dtype, "TZ": given.get("z", dy_BTI).dtype}
+    G, S = -(-I // chosen.group_channels), chosen.segments
+    arrays = [given.get(name, _nothing()) for name in _INPUTS]
+    arrays += [borders, dy_BTI, _nothing() if dstate_out_BIN is None else dstate_out_BIN]
     flags = {**_flags(given), "HAS_DSTATE": dstate_out_BIN is not None, "FROZEN": frozen}
-    grid, threadgroup = _grid(chosen, B, I)
-    per_row = _NOTHING if frozen else (B, I)
-    dx, ddt, dA, db, dc, dskip, dz, dbias, dstate = _BACKWARD(
-        [
-            *[given.get(name, mx.zeros(_NOTHING)) for name in _INPUTS],
-            borders,
-            dy_BTI,
-            mx.zeros(_NOTHING) if dstate_out_BIN is None else dstate_out_BIN,
-        ],
-        template={**flags, **chosen.template(), "N": N, **types},
-        grid=grid,
-        threadgroup=threadgroup,
+    types = _types(given)
+    template = {**flags, **chosen.template(), **types, "N": N}
+    dtypes = [types["TX"], types["TDT"], *[mx.float32] * 4, types["TZ"], *[mx.float32] * 4]
+    segments = [_nothing()] * len(_SEGMENTS)
+    if S > 1:
+        segments = _BACKWARD(
+            [*arrays, *segments],
+            template={**template, "SUMMARY": True},
+            **chosen.grid(B, I, S - 1),
+            output_shapes=[*[_NOTHING] * 8, (S, B, I, N), (S, B, I), (S, B, I)],
+            output_dtypes=dtypes,
+        )[8:]
+    per_row = _NOTHING if frozen else (S * B, I)
+    dx, ddt, dA, db, dc, dskip, dz, dbias, dstate, _, _ = _BACKWARD(
+        [*arrays, *segments],
+        template={**template, "SUMMARY": False},
+        **chosen.grid(B, I, S),
         output_shapes=[
-            (B, T, I), (B, T, I), _NOTHING if frozen else (B, I, N), (G, B, T, N), (G, B, T, N), per_row,
+            (B, T, I), (B, T, I), _NOTHING if frozen else (S * B, I, N), (G, B, T, N), (G, B, T, N), per_row,
             (B, T, I) if "z" in given else _NOTHING, per_row, (B, I, N) if "state" in given else _NOTHING,
+            _NOTHING, _NOTHING,
         ],
-        output_dtypes=[types["TX"], types["TDT"], *[mx.float32] * 4, types["TZ"], mx.float32, mx.float32],
+        output_dtypes=dtypes,
     )  # fmt: skip
     grads = {"x": dx, "dt": ddt, "z": dz, "state": dstate}
     grads |= {"b": db.sum(axis=0).astype(given["b"].dtype), "c": dc.sum(axis=0).astype(given["c"].dtype)}
@@ -232,9 +276,9 @@ def backward(
     return grads
 
 
-def _grid(chosen: Geometry, B: int, I: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    threads = chosen.simdgroups * chosen.simd
-    return (-(-I // chosen.group_channels) * threads, B, 1), (threads, 1, 1)
+def _types(given: dict[str, mx.array]) -> dict[str, mx.Dtype]:
+    names = {"TX": "x", "TDT": "dt", "TZ": "z", "TB": "b", "TCC": "c"}
+    return {word: given.get(name, given["x"]).dtype for word, name in names.items()}
 
 
 def _flags(given: dict[str, mx.array]) -> dict[str, bool]:

@@ -136,3 +136,34 @@ def test_product_inside_compile(dialect: str) -> None:
     q, x = nf4.quantize(mx.random.normal((40, 64))), mx.random.normal((3, 64))
     gradient = mx.grad(lambda x: nf4_matmul(x, q).square().sum())
     np.testing.assert_allclose(mx.compile(gradient)(x), gradient(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-6), (mx.float16, 1e-3), (mx.bfloat16, 6e-3)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 5), (1, 512, 33), (3, 320, 130)])
+def test_matrix_vector_product_from_the_codes(
+    rows: int, inputs: int, outputs: int, dtype: mx.Dtype, tolerance: float, dialect: str
+) -> None:
+    rng = np.random.default_rng(rows + outputs)
+    q = nf4.quantize(mx.array(rng.standard_normal((outputs, inputs)), dtype=mx.float32))
+    x = mx.array(rng.standard_normal((rows, inputs))).astype(dtype)
+    want = np.array(x.astype(mx.float32), np.float64) @ np.array(q.dequantize(), np.float64).T
+    y = ops.nf4_matvec(x, q.parts, outputs)
+    assert y.dtype == dtype
+    error = np.abs(np.array(y.astype(mx.float32)) - want).max() / np.abs(want).max()
+    assert error <= tolerance
+
+
+def test_matrix_vector_product_with_an_expert_for_each_row(dialect: str) -> None:
+    rng = np.random.default_rng(8)
+    experts = [nf4.quantize(mx.array((e + 1) * rng.standard_normal((300, 64)), dtype=mx.float32)) for e in range(3)]
+    x, expert = rng.standard_normal((4, 64)).astype(np.float32), [2, 0, 2, 1]
+    y = np.array(ops.nf4_matvec(mx.array(x), nf4.stacked(experts), 300, mx.array(expert)))
+    want = np.stack([np.array(experts[e].dequantize(), np.float64) @ row for e, row in zip(expert, x, strict=True)])
+    assert (np.abs(y - want) <= 2e-6 * np.abs(want).max(1, keepdims=True)).all()
+
+
+def test_matrix_vector_product_refuses_sizes_that_do_not_fit() -> None:
+    q = nf4.quantize(mx.ones((10, 48)))
+    for x, outputs in ((mx.ones((1, 48)), 10), (mx.ones((1, 64)), 10)):
+        with pytest.raises(ValueError, match="nf4_matvec"):
+            ops.nf4_matvec(x, q.parts, outputs)
