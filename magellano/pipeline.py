@@ -55,7 +55,7 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
         case Stage.TRAIN:
             return {"train": profile.train}
         case Stage.CHECKPOINT:
-            return {"profile": profile}  # the release carries it whole
+            return {"profile": profile.name}
         case Stage.EVALUATE:
             return {"evaluate": profile.evaluate, "profile": profile.name}
 

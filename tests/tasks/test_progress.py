@@ -14,10 +14,11 @@ from tasks.progress import StageProgress
 @pytest.fixture(autouse=True)
 def _records_reach_caplog(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     logger = logging.getLogger("magellano")
-    former, logger.propagate = logger.propagate, True
+    former = logger.propagate, logger.handlers
+    logger.propagate, logger.handlers = True, []  # without what a flow in this process has put there
     caplog.set_level(logging.INFO, logger="magellano")
     yield
-    logger.propagate = former
+    logger.propagate, logger.handlers = former
 
 
 class Server:
