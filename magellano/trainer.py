@@ -21,7 +21,7 @@ from magellano.errors import Stopped
 from magellano.layout import parameters
 from magellano.model import MagellanoLM
 from magellano.names import METRICS, Compute
-from magellano.optimizer import AdamW, clip_by_global_norm, cosine_with_warmup
+from magellano.optimizer import AdamW, cosine_with_warmup, global_norm
 from magellano.profile import TrainConfig
 from magellano.progress import Progress
 from magellano.signals import StopRequest
@@ -105,13 +105,12 @@ class Trainer:
             grads = more if grads is None else tree_map(mx.add, grads, more)
             mx.eval(grads, part)
             nll += part.item()
-        grads = tree_map(lambda g: g.astype(mx.float32) / self.scale.value, grads)
-        grads, norm = clip_by_global_norm(grads, c.clip_norm)
+        norm = float(np.array(global_norm(grads))) / self.scale.value
         lr = cosine_with_warmup(self.step, c.lr, c.warmup, c.steps, c.min_lr_ratio)
-        finite = bool(np.isfinite(norm.item()) and np.isfinite(nll))
+        finite = bool(np.isfinite(norm) and np.isfinite(nll))
         if finite:
-            self.optimizer.learning_rate = lr
-            self.optimizer.update(self.model, grads)
+            factor = c.clip_norm / max(norm, c.clip_norm) / self.scale.value  # clipping and unscaling in the same pass
+            self.optimizer.update(self.model, grads, lr, factor)
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.scale.update(finite)
         self.step += 1
@@ -119,7 +118,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         inputs = c.batch * c.accumulate * self.train.seq_len
         return Metrics(
-            self.step, nll / max(total, 1.0), lr, float(np.array(norm)), self.tokens, inputs / seconds,
+            self.step, nll / max(total, 1.0), lr, norm, self.tokens, inputs / seconds,
             mx.get_peak_memory() / GIB, seconds, not finite,
         )  # fmt: skip
 
