@@ -1,16 +1,17 @@
-"""Sweeps the scan's GPU geometry: `python benchmarks/gpu_scan.py` prints the times of each, fastest first.
+"""Sweeps the scan's GPU geometry: `python benchmarks/gpu_scan.py [forward|backward]` prints times, fastest first.
 
-Sizes are those that mamba-ssm's CUDA kernels were measured at: float16, N 16, gate, skip and softplus fused. Time of the
+Sizes are those that mamba-ssm was measured at: float16, N 16, gate, skip and softplus fused. Time of the
 kernels: many runs in one graph, each waiting for the one before; time per call: each run evaluated by itself.
-Geometries are compiled beforehand by several processes, whose results MLX keeps on disk.
+Several processes compile; a lock lets only one of them measure.
 """
 
 import concurrent.futures
 import itertools
 import multiprocessing
 import os
-import time
+import sys
 from collections.abc import Callable
+from multiprocessing.synchronize import Lock
 
 from magellano.backend import describe, mx, on_gpu
 from magellano.benchmark import machine
@@ -23,12 +24,12 @@ SIZES = ((4, 512, 4096), (1, 16384, 4096))  # B, T, I
 N = 16
 FORWARD = [
     Geometry(lanes, 1, simdgroups, steps, 32, segments)
-    for lanes, simdgroups, steps, segments in itertools.product((1, 2, 4), (2, 4), (8, 16), (1, 2, 4, 8))
+    for lanes, simdgroups, steps, segments in itertools.product((1, 2, 4), (2, 4), (8, 16), (1, 2))
 ]
 BACKWARD = [
     Geometry(lanes, 1, simdgroups, steps, 32, segments)
-    for lanes, simdgroups, steps, segments in itertools.product((1, 2, 4), (1, 2, 4), (8, 16), (1, 2, 4, 8))
-    if steps * (N // lanes) <= 128
+    for lanes, simdgroups, steps, segments in itertools.product((2, 4, 8), (1, 2, 4, 8), (8, 16), (1, 2))
+    if (steps * N // lanes <= 64 or (lanes, simdgroups) == (2, 1)) and (segments == 1 or simdgroups == 2)
 ]
 Inputs = tuple[dict[str, mx.array], mx.array]
 
@@ -51,7 +52,7 @@ def ahead(v: Inputs, chosen: Geometry) -> Callable[[mx.array], list[mx.array]]:
 
 def back(v: Inputs, chosen: Geometry) -> Callable[[mx.array], list[mx.array]]:
     """The backward with frozen parameters and its sums over partial results, as a function of x."""
-    borders = forward(v[0], chosen)[2]
+    borders = forward(v[0], Geometry(4, 1, 4, chosen.steps, 32))[2]
     mx.eval(borders)
     wanted = ("x", "dt", "b", "c", "z")
 
@@ -74,44 +75,49 @@ def milliseconds(run: Callable[[mx.array], list[mx.array]], x: mx.array, chain: 
     return machine.seconds(work, 3) / chain * 1e3
 
 
-def compile_part(part: int, parts: int) -> None:
-    """Runs every `parts`-th geometry once at a tiny size."""
-    v = inputs(1, 64, 256, mx.float16)
-    for chosen in FORWARD[part::parts]:
-        mx.eval(forward(v[0], chosen))
-    for chosen in BACKWARD[part::parts]:
-        borders = forward(v[0], Geometry(4, 1, 2, chosen.steps, 32))[2]
-        mx.eval(list(backward(v[0], borders, v[1], None, chosen, frozen=True).values()))
+_lock: Lock
 
 
-def sweep(what: str, geometries: list[Geometry], make: Callable[[Inputs, Geometry], Callable], keep: int = 6) -> None:
-    """Prints the fastest geometries of every size."""
-    for B, T, I in SIZES:
-        v = inputs(B, T, I, mx.float16)
-        mx.eval(v)
-        times = {}
-        for chosen in geometries:
-            if T // chosen.steps < 4 * chosen.segments or (T > 1024) != (chosen.segments > 1) and T > 1024:
-                continue
-            times[chosen] = milliseconds(make(v, chosen), v[0]["x"], 16 if T < 1024 else 3)
-        for chosen, ms in sorted(times.items(), key=lambda item: item[1])[:keep]:
-            one = machine.seconds(lambda chosen=chosen: make(v, chosen)(v[0]["x"]), 10) * 1e3  # type: ignore[misc]
-            shape = f"lanes {chosen.lanes:2} simdgroups {chosen.simdgroups} steps {chosen.steps:2}"
-            print(f"{what} B {B} T {T}: {shape} segments {chosen.segments}: {ms:.3f} ms, per call {one:.3f}", flush=True)
+def _keep(lock: Lock) -> None:
+    global _lock
+    _lock = lock
+
+
+def times(way: str, chosen: Geometry) -> list[tuple[float, float]]:
+    """Milliseconds of the kernels and of a call, at every size."""
+    make = {"forward": ahead, "backward": back}[way]
+    small = inputs(1, 64, 256, mx.float16)
+    mx.eval(make(small, chosen)(small[0]["x"]))  # compiles
+    found = []
+    with _lock:
+        for B, T, I in SIZES:
+            v = inputs(B, T, I, mx.float16)
+            mx.eval(v)
+            run, x = make(v, chosen), v[0]["x"]
+            chained = milliseconds(run, x, 16 if T < 1024 else 3)
+            found.append((chained, machine.seconds(lambda run=run, x=x: run(x)) * 1e3))  # type: ignore[misc]
+        del v, run, x
+        mx.clear_cache()
+    return found
 
 
 def main() -> None:
-    """Compiles, then measures both directions."""
+    """Measures every geometry in the directions asked for, and prints the fastest at every size."""
     if not on_gpu():
         raise InputError("gpu_scan: MLX's default device is not a GPU; `magellano benchmark scan` times the CPU")
-    print(describe(), launch.dialect(), f"copy {machine.copy_bandwidth() / 1e9:.0f} GB/s")
-    started, parts = time.perf_counter(), min(12, os.cpu_count() or 1)
+    print(describe(), launch.dialect(), f"copy {machine.copy_bandwidth() / 1e9:.0f} GB/s", flush=True)
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(parts, mp_context=context) as pool:
-        list(pool.map(compile_part, range(parts), itertools.repeat(parts)))
-    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
-    sweep("forward", FORWARD, ahead)
-    sweep("backward", BACKWARD, back)
+    workers = min(12, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _keep, (context.Lock(),)) as pool:
+        for way in sys.argv[1:] or ("forward", "backward"):
+            geometries = {"forward": FORWARD, "backward": BACKWARD}[way]
+            found = list(pool.map(times, [way] * len(geometries), geometries))
+            for number, (B, T, _) in enumerate(SIZES):
+                for chosen, ms in sorted(zip(geometries, found, strict=True), key=lambda pair: pair[1][number])[:8]:
+                    shape = f"lanes {chosen.lanes:2} simdgroups {chosen.simdgroups} steps {chosen.steps:2}"
+                    kernels, call = ms[number]
+                    line = f"{shape} segments {chosen.segments}: {kernels:.3f} ms, per call {call:.3f}"
+                    print(f"{way} B {B} T {T}: {line}", flush=True)
 
 
 if __name__ == "__main__":

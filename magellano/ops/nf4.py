@@ -26,13 +26,12 @@ from magellano.ops.lazy import detached, plain
 _QUANTIZE = Kernel("nf4_quantize", ("w", "borders"), ("codes", "absmax"), exact=True)
 _HEADER = (KERNELS / "nf4.h").read_text(encoding="utf-8")
 _SCALES = ("scale_codes", "scale_absmax", "offset", "scales", "values")
-_DEQUANTIZE = Kernel(
-    "nf4_dequantize", ("codes", "factor", *_SCALES, "size"), ("out",), exact=True, header=_HEADER
-)
+_DEQUANTIZE = Kernel("nf4_dequantize", ("codes", "factor", *_SCALES, "size"), ("out",), exact=True, header=_HEADER)
 _MATVEC = Kernel("nf4_matvec", ("x", "expert", "codes", *_SCALES), ("y",), header=_HEADER)
 _THREADS, _SIMD = 128, 32  # of a threadgroup and of a simdgroup on a GPU
 _GPU_UNITS = 8  # packs of 16 bytes dequantised by one GPU thread
 _HOST_BLOCKS = 256  # handled by one host thread at a time
+_GPU_AT_ONCE = 8  # words of a row that a GPU thread has under way
 _GPU_OUTS, _HOST_OUTS = 2, 16  # outputs of the matrix-vector product that share the reading of x
 MATVEC_ROWS = 4  # up to so many rows the matrix-vector kernel reads the codes anew for each
 
@@ -294,12 +293,12 @@ def nf4_matvec(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None
             *_scale_arrays(w),
         ],
         template={
-            "T": x_MI.dtype, "V": width, "RUN": 1, "OUTS": _GPU_OUTS, "SG": _THREADS // _SIMD, "O_SIZE": outputs,
-            "GATHER": expert_M is not None,
+            "T": x_MI.dtype, "V": width, "RUN": 1, "AT_ONCE": _GPU_AT_ONCE, "OUTS": _GPU_OUTS, "SG": _THREADS // _SIMD,
+            "I_SIZE": I, "O_SIZE": outputs, "GATHER": expert_M is not None,
         },
         grid=(groups * _THREADS, M, 1),
         threadgroup=(_THREADS, 1, 1),
-        host_template={"RUN": BLOCK // width, "OUTS": _HOST_OUTS, "SG": 1},
+        host_template={"RUN": BLOCK // width, "AT_ONCE": 1, "OUTS": _HOST_OUTS, "SG": 1},
         host_grid=(-(-outputs // _HOST_OUTS), M, 1),
         output_shapes=[(M, outputs)],
         output_dtypes=[x_MI.dtype],
@@ -309,9 +308,7 @@ def nf4_matvec(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None
 
 def _matvec_reference(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None) -> mx.array:
     rows, I = [], x_MI.shape[1]
-    codes, scale_codes, scale_absmax = (
-        a.reshape(-1, a.shape[-1]) for a in (w.codes, w.scale_codes, w.scale_absmax)
-    )
+    codes, scale_codes, scale_absmax = (a.reshape(-1, a.shape[-1]) for a in (w.codes, w.scale_codes, w.scale_absmax))
     for m in range(x_MI.shape[0]):
         e = mx.array(0) if expert_M is None else expert_M[m]
         factor_P = expand_scales(scale_codes[e], scale_absmax[e], w.offset.reshape(-1)[e])

@@ -126,19 +126,19 @@ class Geometry:
     def group_channels(self) -> int:
         return self.simdgroups * self.simd // self.lanes * self.channels
 
-    def template(self) -> dict[str, int]:
+    def template(self) -> dict[str, mx.Dtype | int]:
         ahead = self.simd > 1  # on a CPU loads need no head start
         assert not ahead or self.steps <= self.simdgroups * self.simd
         sizes = {"NL": self.lanes, "CPT": self.channels, "SG": self.simdgroups, "TC": self.steps}
         return {**sizes, "SEGS": self.segments, "AHEAD": ahead}
 
-    def grid(self, B: int, I: int, segments: int) -> dict[str, tuple[int, int, int]]:
-        """The launch over `segments` of the segments."""
-        threads = self.simdgroups * self.simd
-        return {
-            "grid": (-(-I // self.group_channels) * threads, B, segments),
-            "threadgroup": (threads, 1, 1),
-        }
+    @property
+    def threadgroup(self) -> tuple[int, int, int]:
+        return (self.simdgroups * self.simd, 1, 1)
+
+    def grid(self, B: int, I: int, segments: int) -> tuple[int, int, int]:
+        """The threads of a launch over `segments` of the segments."""
+        return (-(-I // self.group_channels) * self.threadgroup[0], B, segments)
 
 
 def geometry(B: int, T: int, I: int, N: int) -> tuple[Geometry, Geometry]:
@@ -146,9 +146,12 @@ def geometry(B: int, T: int, I: int, N: int) -> tuple[Geometry, Geometry]:
     On a GPU N must be a power of two.
     """
     if launch.gpu_geometry():
-        lanes = min(4, N)
-        chosen = Geometry(lanes, channels=1, simdgroups=4, steps=lanes if T == 1 else 8, simd=32)
-        return chosen, chosen
+        # Measured on an H200 by benchmarks/gpu_scan.py. Few channels fill the chip by more lanes, then by segments.
+        many, steps, segments = B * I >= 8192, 4 if T == 1 else 8, 1
+        while segments < 8 and B * I * segments < 4096 and T >= 32 * steps * segments:
+            segments *= 2
+        ahead = Geometry(min(2 if many else 4, N), 1, simdgroups=4, steps=steps, simd=32, segments=segments)
+        return ahead, Geometry(min(4, N), 1, 2 if many else 4, steps, 32, segments)
     widths = (
         (128, 64, 32, 16, 8, 4, 2, 1) if B * I >= 2048 else (64, 32, 16, 8, 4, 2, 1)
     )  # enough groups for every core
@@ -217,7 +220,8 @@ def forward(given: dict[str, mx.array], chosen: Geometry) -> list[mx.array]:
         _, *found = _FORWARD(
             [*arrays, *segments],
             template={**template, "SUMMARY": True},
-            **chosen.grid(B, I, S - 1),
+            grid=chosen.grid(B, I, S - 1),
+            threadgroup=chosen.threadgroup,
             output_shapes=[_NOTHING, (S - 1, B, I, N), _NOTHING, (S - 1, B, I), (S - 1, B, I)],
             output_dtypes=[given["x"].dtype, *[mx.float32] * 4],
         )
@@ -225,7 +229,8 @@ def forward(given: dict[str, mx.array], chosen: Geometry) -> list[mx.array]:
     return _FORWARD(
         [*arrays, *segments],
         template={**template, "SUMMARY": False},
-        **chosen.grid(B, I, S),
+        grid=chosen.grid(B, I, S),
+        threadgroup=chosen.threadgroup,
         output_shapes=[(B, T, I), (B, I, N), (B, K - 1, N, I) if K > 1 else _NOTHING, _NOTHING, _NOTHING],
         output_dtypes=[given["x"].dtype, *[mx.float32] * 4],
     )[:3]
@@ -253,7 +258,8 @@ def backward(
         segments = _BACKWARD(
             [*arrays, *segments],
             template={**template, "SUMMARY": True},
-            **chosen.grid(B, I, S - 1),
+            grid=chosen.grid(B, I, S - 1),
+            threadgroup=chosen.threadgroup,
             output_shapes=[*[_NOTHING] * 8, (S, B, I, N), (S, B, I), (S, B, I)],
             output_dtypes=dtypes,
         )[8:]
@@ -261,7 +267,8 @@ def backward(
     dx, ddt, dA, db, dc, dskip, dz, dbias, dstate, _, _ = _BACKWARD(
         [*arrays, *segments],
         template={**template, "SUMMARY": False},
-        **chosen.grid(B, I, S),
+        grid=chosen.grid(B, I, S),
+        threadgroup=chosen.threadgroup,
         output_shapes=[
             (B, T, I), (B, T, I), _NOTHING if frozen else (S * B, I, N), (G, B, T, N), (G, B, T, N), per_row,
             (B, T, I) if "z" in given else _NOTHING, per_row, (B, I, N) if "state" in given else _NOTHING,
