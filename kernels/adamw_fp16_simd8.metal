@@ -1,12 +1,12 @@
 // AdamW with 16-bit states, 8 neighbouring elements per thread, loaded and stored 16 bytes at a time: tensors that divide evenly
 // into threadgroups, so that no bound is tested. See adamw_fp16_v2 for the states.
 //
-// Sizes: w, g, m, s [n], peak [n] with AMSGrad, n a multiple of 8 * threads; numbers [8]; key [2]: salt, phase.
+// Sizes: w, g, m, s [n], peak [n] with AMSGrad, n a multiple of 8 * threads; numbers [10].
 // TG: the gradient's type. Arrays that start anywhere else than at 16 bytes are read element by element.
   const int x = thread_position_in_grid.x, begin = x * 8;
   const float lr = numbers[0], a = numbers[1], b = numbers[2], eps = numbers[3], decay = numbers[4];
   const float c1 = numbers[5], c2 = numbers[6], factor = numbers[7];
-  const uint salt = key[0], phase = key[1];
+  const uint salt = k_f2u(numbers[8]), phase = k_f2u(numbers[9]);
   PACK(TW, 8) w8, new_w8;
   PACK(TG, 8) g8;
   PACK(TS, 8) m8, s8, peak8;

@@ -1,6 +1,6 @@
 // AdamW with float32 states m and s = sqrt(v), EPT elements per thread.
 //
-// Sizes: w, g, m, s [n], peak [n] with AMSGrad; numbers [8] as in magellano/ops/adamw.py.
+// Sizes: w, g, m, s [n], peak [n] with AMSGrad; numbers [10] as in magellano/ops/adamw.py.
   const int n = w_shape[0], begin = thread_position_in_grid.x * EPT, end = begin + EPT < n ? begin + EPT : n;
   const float lr = numbers[0], a = numbers[1], b = numbers[2], eps = numbers[3], decay = numbers[4];
   const float c1 = numbers[5], c2 = numbers[6], factor = numbers[7];

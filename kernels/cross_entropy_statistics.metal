@@ -1,6 +1,7 @@
-// For each row of logits: log sum exp, and the target's logit, 0 where the target is no column of this slice.
+// For each row of logits: log sum exp, and the target's logit, 0 where the target is no column; both added to those of the slices of
+// the row that came before, unless this is the FIRST.
 //
-// Sizes: logits [C,W]; target [C], counted from the slice's first column, maybe outside it; lse, picked [C].
+// Sizes: logits [C,W]; target [C], counted from the slice's first column, maybe outside it; lse_before, picked_before, lse, picked [C].
 // A threadgroup of SG simdgroups makes a row. The sum is taken relative to the largest logit, so it cannot overflow.
   const int W = logits_shape[1], row = thread_position_in_grid.y, l = thread_index_in_threadgroup;
   const size_t start = (size_t)row * W;
@@ -24,6 +25,8 @@
     float total = 0.0f;
     for (int k = 0; k < SG; ++k) total += shared_sum[k];
     const int t = target[row];
-    lse[row] = largest + k_log(total);
-    picked[row] = t >= 0 && t < W ? LD(logits, start + (t >= 0 && t < W ? t : 0)) : 0.0f;
+    const float mine = largest + k_log(total), logit = t >= 0 && t < W ? LD(logits, start + (t >= 0 && t < W ? t : 0)) : 0.0f;
+    const float before = FIRST ? mine : lse_before[row], upper = before > mine ? before : mine;
+    lse[row] = FIRST ? mine : upper + k_log(k_exp(before - upper) + k_exp(mine - upper));
+    picked[row] = FIRST ? logit : picked_before[row] + logit;
   }

@@ -10,7 +10,7 @@ import numpy as np
 
 from magellano.backend import mx, nn
 from magellano.linear import ExpertProjection, Weight, array
-from magellano.ops import route
+from magellano.ops.moe import combine, dispatch, places, relu, route
 from magellano.profile import ModelConfig
 
 
@@ -45,34 +45,28 @@ class MoE(nn.Module):
         u_MD = u_BTD.reshape(-1, shape[-1])
         # 1. route in float32
         logits_ME = self._logits(u_MD)
-        gate_Mk, expert_Mk = route(logits_ME, k)
-        # 2. sort the token copies by expert
-        order_S, sizes = sort_by_expert(expert_Mk, self.config.n_experts)
-        x_SD = u_MD[order_S // k]
+        routing = route(logits_ME, k)
+        # 2. the token copies go to their experts
+        at = places(routing)
+        x = dispatch(u_MD, at)
         # 3. each expert on its own rows
-        y_SD = self.experts.w2(nn.relu(self.experts.w1(x_SD, sizes)), sizes)
+        y = self.experts.w2(relu(self.experts.w1(x, at.groups)), at.groups)
         # 4. back to the tokens, weighted by the gates
-        y_MkD = y_SD[mx.argsort(order_S)].reshape(-1, k, shape[-1])
-        y_MD = (y_MkD * gate_Mk[..., None].astype(y_MkD.dtype)).sum(axis=1)
-        return y_MD.reshape(shape), self._losses(logits_ME, sizes)
+        y_MD = combine(y, routing.gate_Mk, at)
+        return y_MD.reshape(shape), self._losses(logits_ME, routing.size_E)
 
     def counts(self, u_BTD: mx.array) -> list[int]:
         """Token copies per expert, for the reports."""
-        _, expert_Mk = route(self._logits(u_BTD.reshape(-1, u_BTD.shape[-1])), self.config.top_k)
-        return sort_by_expert(expert_Mk, self.config.n_experts)[1]
+        routing = route(self._logits(u_BTD.reshape(-1, u_BTD.shape[-1])), self.config.top_k)
+        return np.array(routing.size_E).tolist()
 
     def _logits(self, u_MD: mx.array) -> mx.array:
         return u_MD.astype(mx.float32) @ self.router.weight.astype(mx.float32).T
 
-    def _losses(self, logits_ME: mx.array, sizes: list[int]) -> mx.array:
-        """Load balance (Fedus et al. 2021, arXiv 2101.03961; 1 when even), router z (Zoph et al. 2022, 2202.08906)."""
-        share_E = mx.array(np.asarray(sizes, np.float32) / max(1, sum(sizes)))
+    def _losses(self, logits_ME: mx.array, size_E: mx.array) -> mx.array:
+        """Load balance (Fedus et al. 2021, arXiv 2101.03961; 1 when even) and router z (Zoph et al. 2022, arXiv
+        2202.08906).
+        """
+        share_E = mx.stop_gradient(size_E.astype(mx.float32)) / max(1, logits_ME.shape[0] * self.config.top_k)
         balance = self.config.n_experts * (share_E * mx.softmax(logits_ME, axis=-1).mean(axis=0)).sum()
         return mx.stack([balance, mx.logsumexp(logits_ME, axis=-1).square().mean()])
-
-
-def sort_by_expert(expert_Mk: mx.array, experts: int) -> tuple[mx.array, list[int]]:
-    """The order that sorts token copies by expert (stable), and how many copies each expert has."""
-    flat = np.array(expert_Mk).reshape(-1)
-    order_S = mx.array(np.argsort(flat, kind="stable").astype(np.int32))
-    return order_S, np.bincount(flat, minlength=experts).tolist()

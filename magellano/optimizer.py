@@ -10,11 +10,11 @@ import numpy as np
 
 from magellano.backend import mx, nn, on_gpu, tree_flatten, tree_map, tree_unflatten
 from magellano.names import StateDtype
-from magellano.ops.adamw import Moments, Step, adamw, key, numbers
+from magellano.ops.adamw import Moments, Step, adamw
 
 STEP = "step"
 PARTS = ("m", "s", "peak")
-_SMALL_ON_GPU, _SMALL_ON_CPU = 1 << 20, 1 << 16  # elements; smaller tensors step together
+_SMALL_ON_GPU, _SMALL_ON_CPU = 1 << 20, 1 << 18  # elements; smaller tensors step together
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:
@@ -118,13 +118,11 @@ class AdamW:
         self._arrange(current, grads)
         lr = self.learning_rate if learning_rate is None else learning_rate
         self._step += 1
-        with_decay, without = (
-            numbers(self._step, lr, *self.betas, self.eps, decay, factor) for decay in (self.weight_decay, 0.0)
-        )
         new: dict[str, mx.array] = {}
         for group in self._groups:
             w, g = (_join([arrays[name] for name in group.names]) for arrays in (current, grads))
-            step = Step(with_decay if group.decays else without, key(group.salt, self._step))
+            decay = self.weight_decay if group.decays else 0.0
+            step = Step(self._step, lr, *self.betas, self.eps, decay, factor, group.salt)
             w, group.moments = adamw(w, g, group.moments, step, in_place=self._alone)
             new.update(zip(group.names, _cut(w, group.shapes), strict=True))
         self._alone = True

@@ -29,7 +29,7 @@ _THREADS = 256  # of a threadgroup on a GPU
 _HOST_ELEMENTS = 16384  # of one host thread at a time
 _UINT32, _GOLDEN = 0xFFFFFFFF, 0x9E3779B1  # 2^32 times the golden ratio less 1, odd
 
-_INPUTS, _OUTPUTS = ("w", "g", "m", "s", "peak", "numbers", "key"), ("new_w", "new_m", "new_s", "new_peak")
+_INPUTS, _OUTPUTS = ("w", "g", "m", "s", "peak", "numbers"), ("new_w", "new_m", "new_s", "new_peak")
 _HEADER = (KERNELS / "adamw.h").read_text(encoding="utf-8")
 _V2, _SIMD8, _FP32 = (
     Kernel(name, _INPUTS, _OUTPUTS, header=_HEADER) for name in ("adamw_fp16_v2", "adamw_fp16_simd8", "adamw_fp32")
@@ -47,39 +47,38 @@ class Moments:
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of one step, float32 [8]: lr, 1 - beta1, 1 - beta2, eps, lr * weight decay, c1, c2, the factor on the
-    gradient (1 / loss scale, times a clip factor). `key`: uint32 [8], the stochastic rounding's salt and phase (see `key`).
+    """The numbers of one step, from 1: learning rate, betas, eps, weight decay, and the factor on the gradient (1 / loss
+    scale, times a clip factor). `salt` tells tensors and seeds apart in the stochastic rounding.
     """
 
-    numbers: mx.array
-    key: mx.array
+    step: int
+    lr: float | mx.array
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    factor: float | mx.array = 1.0
+    salt: int = 0
 
-
-def numbers(
-    step: int,
-    lr: float | mx.array,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    factor: float | mx.array = 1.0,
-) -> mx.array:
-    """`Step.numbers` of step `step` (from 1). The corrections by expm1: 1 - b^t in float32 loses digits early on. With
-    plain numbers this is one small array and no computation on the device.
-    """
-    c1 = -1.0 / math.expm1(step * math.log(beta1)) if beta1 else 1.0
-    c2 = 1.0 / math.sqrt(-math.expm1(step * math.log(beta2))) if beta2 else 1.0
-    values = (lr, 1.0 - beta1, 1.0 - beta2, eps, lr * weight_decay, c1, c2, factor)
-    if any(isinstance(v, mx.array) for v in values):
-        return mx.stack([mx.array(v, dtype=mx.float32) for v in values])
-    return mx.array(np.array(values, np.float32))
-
-
-def key(salt: int, step: int) -> mx.array:
-    """`Step.key`: the salt tells tensors and seeds apart; the phase is step times the golden ratio, as a fraction of
-    2^32.
-    """
-    return mx.array(np.array([salt & _UINT32, step * _GOLDEN & _UINT32, *[0] * 6], np.uint32))
+    def numbers(self) -> mx.array:
+        """float32 [10], as the kernels take it: lr, 1 - beta1, 1 - beta2, eps, lr * weight decay, c1, c2, factor, and the
+        bits of the salt and the phase, which is step times the golden ratio as a fraction of 2^32. One small array, for
+        on a GPU every operation costs some 5 microseconds. The corrections by expm1: 1 - b^t loses digits early on.
+        """
+        c1 = -1.0 / math.expm1(self.step * math.log(self.beta1)) if self.beta1 else 1.0
+        c2 = 1.0 / math.sqrt(-math.expm1(self.step * math.log(self.beta2))) if self.beta2 else 1.0
+        lr, factor = (1.0 if isinstance(v, mx.array) else v for v in (self.lr, self.factor))
+        values = np.array(
+            [lr, 1 - self.beta1, 1 - self.beta2, self.eps, lr * self.weight_decay, c1, c2, factor, 0, 0], np.float32
+        )
+        values[8:].view(np.uint32)[:] = self.salt & _UINT32, self.step * _GOLDEN & _UINT32
+        numbers = mx.array(values)
+        for given, places in ((self.lr, (0, 4)), (self.factor, (7,))):
+            if isinstance(given, mx.array):
+                numbers = mx.where(
+                    mx.array([i in places for i in range(10)]), numbers * given.astype(mx.float32), numbers
+                )
+        return numbers
 
 
 def hash_u32(x: mx.array) -> mx.array:
@@ -97,14 +96,16 @@ def adamw(
     `in_place`: nobody else holds the moments, so that a CPU may write the new ones over them.
     """
     assert w.shape == g.shape == moments.m.shape == moments.s.shape, (w.shape, g.shape, moments.m.shape)
-    if w.size and not plain(w, g, moments.m, moments.s, step.numbers, step.key):
+    if w.size and not plain(w, g, moments.m, moments.s):
         return _kernel(w, g, moments, step, in_place)
     return reference(w, g, moments, step)
 
 
 def reference(w: mx.array, g: mx.array, moments: Moments, step: Step) -> tuple[mx.array, Moments]:
     """The definition in MLX operations."""
-    lr, a, b, eps, decay, c1, c2, factor = step.numbers
+    numbers = step.numbers()
+    lr, a, b, eps, decay, c1, c2, factor = numbers[:8]
+    salt, phase = numbers[8:].view(mx.uint32)
     half = moments.m.dtype == mx.float16
     unscale = 1.0 / SCALE if half else 1.0
     g = g.astype(mx.float32) * factor
@@ -116,15 +117,15 @@ def reference(w: mx.array, g: mx.array, moments: Moments, step: Step) -> tuple[m
     new_w = w.astype(mx.float32) * (1.0 - decay) - lr * (m * c1) / (under * c2 + eps)
     if half:
         m = mx.clip(m * SCALE, -_LARGEST, _LARGEST).astype(mx.float16)
-        s = _round_stochastically(s * SCALE, step.key)
-        peak = None if peak is None else _round_stochastically(peak * SCALE, step.key)
+        s = _round_stochastically(s * SCALE, salt, phase)
+        peak = None if peak is None else _round_stochastically(peak * SCALE, salt, phase)
     return new_w.astype(w.dtype), Moments(m, s, peak)
 
 
-def _round_stochastically(x: mx.array, key: mx.array) -> mx.array:
+def _round_stochastically(x: mx.array, salt: mx.array, phase: mx.array) -> mx.array:
     """x >= 0 to one of its two float16 neighbours, so that the mean is x."""
     index = mx.arange(x.size, dtype=mx.uint32).reshape(x.shape)
-    random = hash_u32(index * mx.array(_GOLDEN, dtype=mx.uint32) + key[0]) + key[1]
+    random = hash_u32(index * mx.array(_GOLDEN, dtype=mx.uint32) + salt) + phase
     uniform = (random >> 8).astype(mx.float32) * 2.0**-24
     power = (x.view(mx.uint32) & 0x7F800000).view(mx.float32)
     ulp = mx.maximum(power * 2.0**-10, _SMALLEST_ULP)
@@ -148,7 +149,7 @@ def _kernel(w: mx.array, g: mx.array, moments: Moments, step: Step, in_place: bo
         states["new_peak"] = moments.peak
     peak = _no_peak(moments.m.dtype) if moments.peak is None else moments.peak
     new_w, m, s, new_peak = kernel(
-        [*(_flat(a) for a in (w, g, moments.m, moments.s, peak)), step.numbers, step.key],
+        [*(_flat(a) for a in (w, g, moments.m, moments.s, peak)), step.numbers()],
         template=template,
         grid=(threads, 1, 1),
         threadgroup=(_THREADS, 1, 1),
@@ -158,8 +159,14 @@ def _kernel(w: mx.array, g: mx.array, moments: Moments, step: Step, in_place: bo
         output_dtypes=[w.dtype, *[moments.m.dtype] * 3],
         reuse={name: _flat(a) for name, a in states.items()} if in_place else None,
     )
-    kept = Moments(m.reshape(shape), s.reshape(shape), new_peak.reshape(shape) if amsgrad else None)
-    return new_w.reshape(shape), kept
+    if len(shape) != 1:
+        new_w, m, s, new_peak = (
+            new_w.reshape(shape),
+            m.reshape(shape),
+            s.reshape(shape),
+            new_peak.reshape(shape if amsgrad else 8),
+        )
+    return new_w, Moments(m, s, new_peak if amsgrad else None)
 
 
 def _flat(a: mx.array) -> mx.array:

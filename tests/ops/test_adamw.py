@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from magellano.backend import mx
-from magellano.ops.adamw import SCALE, Moments, Step, adamw, key, numbers, reference
+from magellano.ops.adamw import SCALE, Moments, Step, adamw, reference
 
 LR, B1, B2, EPS, DECAY = 1e-2, 0.9, 0.999, 1e-8, 0.1
 
@@ -25,7 +25,7 @@ def start(size: int, dtype: mx.Dtype, amsgrad: bool) -> Moments:
 
 
 def step_of(t: int, factor: float = 1.0, lr: float = LR, decay: float = DECAY, b2: float = B2) -> Step:
-    return Step(numbers(t, lr, B1, b2, EPS, decay, factor), key(12345, t))
+    return Step(t, lr, B1, b2, EPS, decay, factor, salt=12345)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

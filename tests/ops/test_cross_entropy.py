@@ -6,6 +6,7 @@ import pytest
 from magellano import nf4
 from magellano.backend import mx
 from magellano.ops import cross_entropy, linear_cross_entropy, token_scores
+from magellano.ops.cross_entropy import Renyi
 
 
 def inputs(M: int, D: int, V: int, r: int = 0, scale: float = 1.0, seed: int = 0) -> dict[str, np.ndarray]:
@@ -176,3 +177,64 @@ def test_memory_stays_far_below_all_logits(monkeypatch: pytest.MonkeyPatch) -> N
     mx.eval(mx.value_and_grad(lambda x: linear_cross_entropy(x, w, target, weight, chunk=64, frozen=True))(x))
     logits = 4 * M * V
     assert mx.get_peak_memory() - before < logits / 4
+
+
+def entropy_term(v: dict[str, np.ndarray], alpha: float) -> tuple[float, np.ndarray]:
+    """sum of weight * H_alpha in float64, and its gradient in x."""
+    x, w, weight = (v[name].astype(np.float64) for name in ("x", "w", "weight"))
+    logits = x @ w.T
+    shifted = logits - logits.max(1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    if alpha == 1.0:
+        h = -(p * log_p).sum(1)
+        dlogits = -p * (log_p + h[:, None])
+    else:
+        h = np.log((p**alpha).sum(1)) / (1 - alpha)
+        tilted = p**alpha / (p**alpha).sum(1, keepdims=True)
+        dlogits = alpha / (1 - alpha) * (tilted - p)
+    return (weight * h).sum(), (weight[:, None] * dlogits) @ w
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.76, 0.99, 1.0, 1.0 + 1e-5, 1.1, 2.0, 4.0])
+def test_renyi_entropy(alpha: float, dialect: str) -> None:
+    v = inputs(21, 16, 101, scale=1.5)
+    loss, right, _, _ = expected(v)
+    h, dh = entropy_term(v, alpha)
+    w, target, weight = mx.array(v["w"]), mx.array(v["target"]), mx.array(v["weight"])
+    beta = 0.3
+
+    def objective(x: mx.array) -> mx.array:
+        return linear_cross_entropy(x, w, target, weight, chunk=8, frozen=True, renyi=Renyi(alpha, beta))
+
+    value, dx = mx.value_and_grad(objective)(mx.array(v["x"]))
+    assert value.item() == pytest.approx(loss - beta * h, rel=3e-6)
+    wanted = right["x"] - beta * dh
+    assert np.abs(np.array(dx) - wanted).max() <= 5e-6 * np.abs(wanted).max()
+
+
+def test_renyi_entropy_tends_to_shannons(dialect: str) -> None:
+    v = inputs(21, 16, 101)
+    (a, da), (b, db) = entropy_term(v, 1.0), entropy_term(v, 1.0 + 1e-6)
+    assert a == pytest.approx(b, rel=1e-5)
+    np.testing.assert_allclose(da, db, atol=1e-4)
+    w, target, weight = mx.array(v["w"]), mx.array(v["target"]), mx.array(v["weight"])
+    values = [
+        linear_cross_entropy(mx.array(v["x"]), w, target, weight, frozen=True, renyi=Renyi(alpha, 1.0)).item()
+        for alpha in (1 - 1e-3, 1 - 1e-6, 1.0, 1 + 1e-6, 1 + 1e-3)
+    ]
+    assert values[1] == pytest.approx(values[2], rel=1e-5)
+    assert values[3] == pytest.approx(values[2], rel=1e-5)
+    assert values[0] < values[2] < values[4]  # the entropy falls with its order
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_renyi_entropy_of_logits_of_ten_thousand(alpha: float, dialect: str) -> None:
+    v = inputs(24, 16, 70)
+    v["x"] *= 1e4
+    w, target, weight = mx.array(v["w"]), mx.array(v["target"]), mx.array(v["weight"])
+    value, dx = mx.value_and_grad(
+        lambda x: linear_cross_entropy(x, w, target, weight, chunk=7, frozen=True, renyi=Renyi(alpha, 0.5))
+    )(mx.array(v["x"]))
+    assert value.item() == pytest.approx(expected(v)[0], rel=1e-5)  # such a softmax has no entropy
+    assert np.isfinite(np.array(dx)).all()
