@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from magellano import loader, lora
-from magellano.backend import mx, tree_flatten
+from magellano import loader, lora, plan
+from magellano.backend import mx, on_gpu, tree_flatten
+from magellano.errors import OutOfMemory
 from magellano.names import METRICS
 from magellano.profile import Profile
 from magellano.progress import Progress
@@ -19,6 +20,7 @@ def run(
     out: Path, profile: Profile, tokens: Path, base: Path, adapter: Path, work: Path, progress: Progress
 ) -> dict[str, Any]:
     """Train the adapter by [train]; resumes from `work`. Raises Stopped on a signal, with the state saved."""
+    _check_limit(profile)
     model = loader.load_release(adapter, base, profile.train.compute)
     trainer = Trainer(model, profile.train, tokens)
     facts = run_to_end(trainer, work, progress)
@@ -28,3 +30,14 @@ def run(
     (out / STATE).write_text(json.dumps(position, indent=2) + "\n", encoding="utf-8")
     (out / METRICS).write_bytes((work / METRICS).read_bytes())
     return facts
+
+
+def _check_limit(profile: Profile) -> None:
+    """Refuse a run that is planned larger than memory.limit_gib, before anything is loaded."""
+    gib = plan.fine_tune(profile, wide_compute=not on_gpu()).total / (1 << 30)
+    limit = profile.memory.limit_gib
+    if limit and gib > limit:
+        raise OutOfMemory(
+            f"profile {profile.name}: training needs about {gib:.2f} GiB, memory.limit_gib is {limit:g}; "
+            "lower train.batch or data.seq_len, or raise the limit"
+        )
