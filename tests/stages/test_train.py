@@ -1,4 +1,4 @@
-"""What the train stage refuses before it loads anything; training itself is held by test_trainer.py and the flows' tests."""
+"""What the train stage refuses before it loads anything; test_trainer.py and the flows' tests hold the training itself."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def test_a_run_larger_than_its_limit_is_refused(tmp_path: Path) -> None:
     profile = load_profile("demo", {"memory.limit_gib": 0.001})
     nowhere = tmp_path / "nowhere"
     with pytest.raises(
-        OutOfMemory, match=r"profile demo: training needs about 0\.\d+ GiB, memory\.limit_gib is 0\.001"
+        OutOfMemory, match=r"demo: training needs about 0\.\d+ GiB, memory\.limit_gib is 0\.001"
     ):
         train.run(tmp_path, profile, nowhere, nowhere, nowhere, nowhere, silent)
     assert not list(tmp_path.iterdir())
