@@ -15,13 +15,12 @@ from multiprocessing.synchronize import Lock
 
 from magellano.backend import describe, mx, on_gpu
 from magellano.benchmark import machine
+from magellano.benchmark.scan import GPU_SIZES as SIZES
+from magellano.benchmark.scan import N, chained, inputs
 from magellano.errors import InputError
 from magellano.ops import launch
 from magellano.ops.selective_scan import Geometry, backward, forward
 
-NAMES = ("x", "dt", "A", "b", "c", "skip", "z", "dt_bias")
-SIZES = ((4, 512, 4096), (1, 16384, 4096))  # B, T, I
-N = 16
 FORWARD = [
     Geometry(lanes, 1, simdgroups, steps, 32, segments)
     for lanes, simdgroups, steps, segments in itertools.product((1, 2, 4), (2, 4), (8, 16), (1, 2))
@@ -32,17 +31,6 @@ BACKWARD = [
     if (steps * N // lanes <= 64 or (lanes, simdgroups) == (2, 1)) and (segments == 1 or simdgroups == 2)
 ]
 Inputs = tuple[dict[str, mx.array], mx.array]
-
-
-def inputs(B: int, T: int, I: int, dtype: mx.Dtype) -> Inputs:
-    """Seeded inputs as a trained model has them, and a cotangent."""
-    mx.random.seed(0)
-    normal = mx.random.normal
-    A = -mx.broadcast_to(mx.arange(1, N + 1).astype(mx.float32), (I, N)) * mx.ones((I, N))
-    values = (normal((B, T, I)), 0.5 * normal((B, T, I)), A, normal((B, T, N)), normal((B, T, N)), mx.ones(I),
-              normal((B, T, I)), normal((I,)) - 4)  # fmt: skip
-    given = {n: v if n in ("A", "skip", "dt_bias") else v.astype(dtype) for n, v in zip(NAMES, values, strict=True)}
-    return given, normal((B, T, I)).astype(dtype)
 
 
 def ahead(v: Inputs, chosen: Geometry) -> Callable[[mx.array], list[mx.array]]:
@@ -61,18 +49,6 @@ def back(v: Inputs, chosen: Geometry) -> Callable[[mx.array], list[mx.array]]:
         return [grads[name] for name in wanted]
 
     return run
-
-
-def milliseconds(run: Callable[[mx.array], list[mx.array]], x: mx.array, chain: int) -> float:
-    """The best of three chains of `chain` runs, each run waiting for the one before, per run."""
-
-    def work() -> list[mx.array]:
-        made: list[mx.array] = []
-        for _ in range(chain):
-            made = run(mx.depends([x], made)[0] if made else x)
-        return made
-
-    return machine.seconds(work, 3) / chain * 1e3
 
 
 _lock: Lock
@@ -94,8 +70,8 @@ def times(way: str, chosen: Geometry) -> list[tuple[float, float]]:
             v = inputs(B, T, I, mx.float16)
             mx.eval(v)
             run, x = make(v, chosen), v[0]["x"]
-            chained = milliseconds(run, x, 16 if T < 1024 else 3)
-            found.append((chained, machine.seconds(lambda run=run, x=x: run(x)) * 1e3))  # type: ignore[misc]
+            kernels = chained(run, x, 16 if T < 1024 else 3) * 1e3
+            found.append((kernels, machine.seconds(lambda run=run, x=x: run(x)) * 1e3))  # type: ignore[misc]
         del v, run, x
         mx.clear_cache()
     return found

@@ -1,12 +1,47 @@
-"""NF4: dequantising and quantising a matrix, against plain MLX and MLX's own 4-bit format, and the copy bandwidth."""
+"""NF4: dequantising and quantising a matrix and the matrix-vector product, against plain MLX and MLX's own 4-bit
+format, and the copy bandwidth. `chain_ms`: the time of one of several runs in one lazy graph, each waiting for the one
+before, so without the cost of evaluating each by itself.
+"""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 from magellano import nf4
-from magellano.backend import mx, on_gpu
+from magellano.backend import compute_dtype, mx, on_gpu
 from magellano.benchmark import machine
 from magellano.ops import launch
 from magellano.ops.launch import Dialect
+from magellano.ops.nf4 import nf4_matvec
+
+
+def _chain(step: Callable[[mx.array | None], mx.array], length: int) -> float:
+    """Seconds of one of `length` steps in one lazy graph, each waiting for the one before."""
+
+    def work() -> mx.array:
+        made = step(None)
+        for _ in range(length - 1):
+            made = step(made)
+        return made
+
+    return machine.seconds(work, 3) / length
+
+
+def _matvec(copy: float) -> dict[str, Any]:
+    """One token times 2048 -> 8192, over 16 matrices in turn, more than caches hold."""
+    matrices = [nf4.quantize(mx.random.normal((8192, 2048))) for _ in range(machine.pick(4, 16))]
+    x = mx.random.normal((1, 2048)).astype(compute_dtype("auto"))
+    mx.eval(x, [list(q.arrays().values()) for q in matrices])
+    turn = itertools.cycle(matrices)
+
+    def product(last: mx.array | None) -> mx.array:
+        return nf4_matvec(x if last is None else mx.depends([x], [last])[0], next(turn).parts, 8192)
+
+    def dense(last: mx.array | None) -> mx.array:
+        return (x if last is None else mx.depends([x], [last])[0]) @ next(turn).dequantize(x.dtype, after=last).T
+
+    ours, plain = _chain(product, 64 if on_gpu() else 4), _chain(dense, machine.pick(2, 16))
+    return machine.row("matrix-vector 2048 -> 8192", ours, plain, matrices[0].nbytes / ours / copy)
 
 
 def run() -> dict[str, Any]:
@@ -24,12 +59,15 @@ def run() -> dict[str, Any]:
             plain = machine.seconds(lambda dtype=dtype: q.dequantize(dtype), 2)  # type: ignore[misc]
         written = w.size * dtype.size
         share = (written + q.nbytes) / ours / copy
-        table.append(machine.row(f"dequantise to {dtype}", ours, plain, share, written_gb_s=written / ours / 1e9))
+        chain = _chain(lambda last, dtype=dtype: q.dequantize(dtype, after=last), 6)  # type: ignore[misc]
+        facts = {"chain_ms": chain * 1e3, "written_gb_s": written / ours / 1e9, "chain_gb_s": written / chain / 1e9}
+        table.append(machine.row(f"dequantise to {dtype}", ours, plain, share, **facts))
     quantize = machine.seconds(lambda: list(nf4.quantize(w).arrays().values()), 2)
     with launch.use(Dialect.REFERENCE):
         plain = machine.seconds(lambda: list(nf4.quantize(w).arrays().values()), 1)
     share = (w.nbytes + q.nbytes) / quantize / copy
     table.append(machine.row("quantise", quantize, plain, share, written_gb_s=q.nbytes / quantize / 1e9))
+    table.append(_matvec(copy))
     return {
         **machine.where(),
         "weights": w.size,

@@ -28,11 +28,11 @@ _HEADER = (KERNELS / "nf4.h").read_text(encoding="utf-8")
 _SCALES = ("scale_codes", "scale_absmax", "offset", "scales", "values")
 _DEQUANTIZE = Kernel("nf4_dequantize", ("codes", "factor", *_SCALES, "size"), ("out",), exact=True, header=_HEADER)
 _MATVEC = Kernel("nf4_matvec", ("x", "expert", "codes", *_SCALES), ("y",), header=_HEADER)
-_THREADS, _SIMD = 128, 32  # of a threadgroup and of a simdgroup on a GPU
+_THREADS, _MATVEC_THREADS, _SIMD = 128, 256, 32  # of a threadgroup and of a simdgroup on a GPU
 _GPU_UNITS = 8  # packs of 16 bytes dequantised by one GPU thread
 _HOST_BLOCKS = 256  # handled by one host thread at a time
-_GPU_AT_ONCE = 8  # words of a row that a GPU thread has under way
-_GPU_OUTS, _HOST_OUTS = 2, 16  # outputs of the matrix-vector product that share the reading of x
+_GPU_AT_ONCE = (4, 2, 1)  # words of a row that a GPU thread has under way: the first that fits the row
+_GPU_OUTS, _HOST_OUTS = 4, 16  # outputs of the matrix-vector product that share the reading of x
 MATVEC_ROWS = 4  # up to so many rows the matrix-vector kernel reads the codes anew for each
 
 BLOCK, SCALE_BLOCK = 64, 256
@@ -284,7 +284,8 @@ def nf4_matvec(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None
     if plain(x_MI, codes):
         return _matvec_reference(x_MI, w, outputs, expert_M)
     width = 8 if launch.gpu_geometry() else 2
-    groups = -(-outputs // (_GPU_OUTS * (_THREADS // _SIMD)))
+    at_once = next((n for n in _GPU_AT_ONCE if I % (_SIMD * width * n) == 0), 1)
+    simdgroups = _MATVEC_THREADS // _SIMD
     y: mx.array = _MATVEC(
         [
             x_MI,
@@ -293,11 +294,11 @@ def nf4_matvec(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None
             *_scale_arrays(w),
         ],
         template={
-            "T": x_MI.dtype, "V": width, "RUN": 1, "AT_ONCE": _GPU_AT_ONCE, "OUTS": _GPU_OUTS, "SG": _THREADS // _SIMD,
+            "T": x_MI.dtype, "V": width, "RUN": 1, "AT_ONCE": at_once, "OUTS": _GPU_OUTS, "SG": simdgroups,
             "I_SIZE": I, "O_SIZE": outputs, "GATHER": expert_M is not None,
         },
-        grid=(groups * _THREADS, M, 1),
-        threadgroup=(_THREADS, 1, 1),
+        grid=(-(-outputs // (_GPU_OUTS * simdgroups)) * _MATVEC_THREADS, M, 1),
+        threadgroup=(_MATVEC_THREADS, 1, 1),
         host_template={"RUN": BLOCK // width, "AT_ONCE": 1, "OUTS": _HOST_OUTS, "SG": 1},
         host_grid=(-(-outputs // _HOST_OUTS), M, 1),
         output_shapes=[(M, outputs)],

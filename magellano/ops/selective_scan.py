@@ -148,7 +148,7 @@ def geometry(B: int, T: int, I: int, N: int) -> tuple[Geometry, Geometry]:
     if launch.gpu_geometry():
         # Measured on an H200 by benchmarks/gpu_scan.py. Few channels fill the chip by more lanes, then by segments.
         many, steps, segments = B * I >= 8192, 4 if T == 1 else 8, 1
-        while segments < 8 and B * I * segments < 4096 and T >= 32 * steps * segments:
+        while segments < 8 and B * I * segments < 4096 and 32 * steps * segments <= T:
             segments *= 2
         ahead = Geometry(min(2 if many else 4, N), 1, simdgroups=4, steps=steps, simd=32, segments=segments)
         return ahead, Geometry(min(4, N), 1, 2 if many else 4, steps, 32, segments)

@@ -202,14 +202,20 @@ def test_same_inputs_give_the_same_bits(kernel_dialect: str) -> None:
     [(1, 1, 4, 1), (2, 2, 8, 3), (4, 2, 16, 2), (8, 8, 8, 1), (16, 4, 16, 5), (4, 1, 4, 4)],
 )
 def test_every_gpu_geometry_agrees_with_float64(
-    kernel_dialect: str, monkeypatch: pytest.MonkeyPatch, lanes: int, simdgroups: int, steps: int,
+    kernel_dialect: str,
+    monkeypatch: pytest.MonkeyPatch,
+    lanes: int,
+    simdgroups: int,
+    steps: int,
     segments: int,
 ) -> None:
     if kernel_dialect == "host":
         pytest.skip("the host has a geometry of its own")
     chosen = Geometry(lanes, channels=1, simdgroups=simdgroups, steps=steps, simd=32, segments=segments)
     used = []
-    monkeypatch.setattr(sys.modules[Geometry.__module__], "geometry", lambda *sizes: used.append(sizes) or (chosen, chosen))
+    monkeypatch.setattr(
+        sys.modules[Geometry.__module__], "geometry", lambda *sizes: used.append(sizes) or (chosen, chosen)
+    )
     v = rounded(random_inputs(2, 35, 43, 16), mx.float32)
     compare(run(v), loop(v), 2e-6)
     assert used

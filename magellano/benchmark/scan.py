@@ -1,0 +1,77 @@
+"""The selective scan, forward and backward, against its plain-MLX definition and the copy bandwidth.
+
+Sizes on a GPU are those at which mamba-ssm's CUDA kernels were measured: float16, N 16, gate, skip and softplus fused.
+`ms` is the kernels' time, of many runs in one lazy graph, each waiting for the one before; `call_ms` that of a run
+evaluated by itself, with MLX's launches and allocations.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from magellano.backend import mx, on_gpu
+from magellano.benchmark import machine
+from magellano.ops.selective_scan import backward, forward, geometry, reference
+
+N = 16
+NAMES = ("x", "dt", "A", "b", "c", "skip", "z", "dt_bias")
+GPU_SIZES, CPU_SIZES = ((4, 512, 4096), (1, 16384, 4096)), ((1, 512, 512),)  # B, T, I
+MAMBA_SSM_MS = {(4, 512): (0.155, 0.635), (1, 16384): (1.50, 5.31)}  # on an H200
+Run = Callable[[mx.array], list[mx.array]]
+
+
+def inputs(B: int, T: int, I: int, dtype: mx.Dtype) -> tuple[dict[str, mx.array], mx.array]:
+    """Seeded inputs as a trained model has them, and a cotangent."""
+    mx.random.seed(0)
+    normal = mx.random.normal
+    A = -mx.arange(1, N + 1).astype(mx.float32) * mx.ones((I, N))
+    values = (normal((B, T, I)), 0.5 * normal((B, T, I)), A, normal((B, T, N)), normal((B, T, N)), mx.ones(I),
+              normal((B, T, I)), normal((I,)) - 4)  # fmt: skip
+    given = {n: v if n in ("A", "skip", "dt_bias") else v.astype(dtype) for n, v in zip(NAMES, values, strict=True)}
+    dy = normal((B, T, I)).astype(dtype)
+    mx.eval(given, dy)
+    return given, dy
+
+
+def chained(run: Run, x: mx.array, length: int) -> float:
+    """Seconds of one run of `length` in one lazy graph, each waiting for the one before."""
+
+    def work() -> list[mx.array]:
+        made: list[mx.array] = []
+        for _ in range(length):
+            made = run(mx.depends([x], made)[0] if made else x)
+        return made
+
+    return machine.seconds(work, 3) / length
+
+
+def run() -> dict[str, Any]:
+    """Times in ms; `ratio` is to the plain-MLX definition of the forward (on a GPU scaled up from 64 steps), the
+    ceiling the copy bandwidth for every input read and every output written once. Parameters are frozen, as in QLoRA.
+    """
+    dtype, copy, table = (mx.float16 if on_gpu() else mx.float32), machine.copy_bandwidth(), []
+    for B, T, I in GPU_SIZES if on_gpu() else CPU_SIZES:
+        given, dy = inputs(B, T, I, dtype)
+        ahead, back = geometry(B, T, I, N)
+        _, _, borders = forward(given, ahead)
+        mx.eval(borders)
+
+        def go(x: mx.array, given=given, ahead=ahead) -> list[mx.array]:  # type: ignore[no-untyped-def]
+            return forward({**given, "x": x}, ahead)
+
+        def come(x: mx.array, given=given, back=back, borders=borders, dy=dy) -> list[mx.array]:  # type: ignore[no-untyped-def]
+            grads = backward({**given, "x": x}, borders, dy, None, back, frozen=True)
+            return [grads[name] for name in ("x", "dt", "b", "c", "z")]
+
+        steps = min(T, 64) if on_gpu() else T
+        short = [a[:, :steps] if a.ndim == 3 else a for a in given.values()]
+        plain = machine.seconds(lambda short=short: reference(*short)[0], 1) * T / steps  # type: ignore[misc]
+        length = (32 if T < 1024 else 4) if on_gpu() else 1
+        for way, work, arrays in (("forward", go, 4), ("backward", come, 7)):
+            time = chained(work, given["x"], length)
+            share = B * T * (arrays * I + (2 if arrays == 4 else 4) * N) * dtype.size / time / copy
+            call = machine.seconds(lambda work=work, x=given["x"]: work(x), 10)  # type: ignore[misc]
+            more = {"call_ms": call * 1e3}
+            if on_gpu():
+                more["mamba_ssm_on_h200_ms"] = MAMBA_SSM_MS[B, T][way == "backward"]
+            table.append(machine.row(f"{way} {dtype}, B {B} T {T} I {I} N {N}", time, plain, share, **more))
+    return {**machine.where(), "copy_gb_s": copy / 1e9, "results": table}
