@@ -285,7 +285,7 @@ def backward(
 
 def _types(given: dict[str, mx.array]) -> dict[str, mx.Dtype]:
     names = {"TX": "x", "TDT": "dt", "TZ": "z", "TB": "b", "TCC": "c"}
-    return {word: given.get(name, given["x"]).dtype for word, name in names.items()}
+    return {word: given.get(name, _nothing()).dtype for word, name in names.items()}
 
 
 def _flags(given: dict[str, mx.array]) -> dict[str, bool]:

@@ -146,6 +146,12 @@ def test_16_bit_inputs(dialect: str, dtype: mx.Dtype, tolerance: float) -> None:
     compare(run(v, dtype), loop(v), tolerance)
 
 
+def test_16_bit_inputs_without_a_gate(dialect: str) -> None:
+    v = rounded(random_inputs(1, 19, 40, 16), mx.float16)
+    del v["z"]
+    compare(run(v, mx.float16), loop(v), 2e-3)
+
+
 def test_extreme_steps(dialect: str) -> None:
     v = random_inputs(1, 20, 64, 16)
     v["dt"][:, ::3] = -40.0  # softplus near 0: the state stays
