@@ -33,7 +33,7 @@ _GPU_UNITS = 8  # packs of 16 bytes dequantised by one GPU thread
 _HOST_BLOCKS = 256  # handled by one host thread at a time
 _GPU_AT_ONCE = (4, 2, 1)  # words of a row that a GPU thread has under way: the first that fits the row
 _GPU_OUTS, _HOST_OUTS = 4, 16  # outputs of the matrix-vector product that share the reading of x
-MATVEC_ROWS = 4  # up to so many rows the matrix-vector kernel reads the codes anew for each
+_GPU_ROWS, _HOST_ROWS = 4, 1  # up to so many rows of x it beats a dense product, though it decodes anew for each
 
 BLOCK, SCALE_BLOCK = 64, 256
 _SLICE, _GPU_SLICE = 1 << 22, 1 << 28  # values quantised at a time: bounds the temporaries, of which a GPU has none
@@ -326,7 +326,7 @@ def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
         rows = x.size // x.shape[-1]
-        if rows <= MATVEC_ROWS and x.shape[-1] % BLOCK == 0 and not plain(x):
+        if rows <= (_GPU_ROWS if launch.gpu_geometry() else _HOST_ROWS) and x.shape[-1] % BLOCK == 0 and not plain(x):
             return detached(nf4_matvec(x.reshape(rows, -1), w.parts, w.shape[0]).reshape(*x.shape[:-1], w.shape[0]))
         return detached(x @ w.dequantize(x.dtype, after=x).T)
 
