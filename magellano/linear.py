@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from magellano.backend import mx, nn
 from magellano.nf4 import NF4Tensor
 from magellano.ops import grouped_matmul, nf4_matmul
+from magellano.ops.moe import Groups
 
 Weight = mx.array | NF4Tensor | Sequence[NF4Tensor]
 
@@ -68,7 +69,7 @@ class Projection(Adapted):
 class ExpertProjection(Adapted):
     """y_SO = x_SI W_EOI^T row by row, row s with the weights of its expert; rows are sorted by expert."""
 
-    def __call__(self, x_SI: mx.array, sizes: list[int]) -> mx.array:
+    def __call__(self, x_SI: mx.array, sizes: Groups) -> mx.array:
         base = self.base
         assert not isinstance(base, NF4Tensor)
         y_SO = grouped_matmul(x_SI, base.astype(x_SI.dtype) if isinstance(base, mx.array) else base, sizes)

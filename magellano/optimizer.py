@@ -48,7 +48,7 @@ class AdamW:
 
     `state` is one flat dict: "step", and for each parameter NAME.m, NAME.s and, with AMSGrad, NAME.peak; it can be set
     from any tree that flattens to these names. Until it is read the optimiser is its states' only owner, and on a CPU
-    it writes over them; so read it to save it, not at every step. Not for use inside mx.compile: steps are counted here.
+    it writes over them; so read it to save it, not at every step. Not for mx.compile: steps are counted here.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class AdamW:
     @state.setter
     def state(self, tree: Any) -> None:
         self._loose, self._groups, self._kinds = dict(_flat(tree)), [], []
-        self._step = int(self._loose.pop(STEP).item())
+        self._step = int(np.array(self._loose.pop(STEP)))
 
     @property
     def step(self) -> mx.array:

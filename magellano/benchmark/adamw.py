@@ -3,7 +3,7 @@ training, the host runs ahead: several steps are taken before their results are 
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from magellano.backend import mx

@@ -29,11 +29,11 @@ def run() -> dict[str, Any]:
     q1, q2 = ([nf4.quantize(e) for e in w] for w in (w1, w2))
     of_row = mx.sort(route(logits, TOP_K).expert_Mk.reshape(-1))
     sizes = np.bincount(np.array(of_row), minlength=EXPERTS).tolist()
-    x = mx.repeat(u, TOP_K, axis=0)
+    x, row = mx.repeat(u, TOP_K, axis=0), mx.arange(tokens * TOP_K)
     mx.eval(x, w1, w2, of_row, *(list(e.arrays().values()) for e in [*q1, *q2]))
 
     def gathered(x: mx.array, w: mx.array) -> mx.array:
-        return mx.gather_mm(x[:, None], w.swapaxes(1, 2), rhs_indices=of_row, sorted_indices=True)[:, 0]
+        return mx.gather_mm(x[:, None], w.swapaxes(1, 2), row, of_row, sorted_indices=True)[:, 0]
 
     def sliced(x: mx.array, w: mx.array) -> mx.array:
         parts = zip(mx.split(x, np.cumsum(sizes)[:-1].tolist()), mx.split(w, EXPERTS), strict=True)

@@ -47,8 +47,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of one step, from 1: learning rate, betas, eps, weight decay, and the factor on the gradient (1 / loss
-    scale, times a clip factor). `salt` tells tensors and seeds apart in the stochastic rounding.
+    """The numbers of one step, from 1: learning rate, betas, eps, weight decay, and the factor on the gradient (1 over
+    the loss scale, times a clip factor). `salt` tells tensors and seeds apart in the stochastic rounding.
     """
 
     step: int
@@ -61,9 +61,9 @@ class Step:
     salt: int = 0
 
     def numbers(self) -> mx.array:
-        """float32 [10], as the kernels take it: lr, 1 - beta1, 1 - beta2, eps, lr * weight decay, c1, c2, factor, and the
-        bits of the salt and the phase, which is step times the golden ratio as a fraction of 2^32. One small array, for
-        on a GPU every operation costs some 5 microseconds. The corrections by expm1: 1 - b^t loses digits early on.
+        """float32 [10], as the kernels take it: lr, 1 - beta1, 1 - beta2, eps, lr * weight decay, c1, c2, factor, and
+        the bits of the salt and the phase, which is step times the golden ratio as a fraction of 2^32. One small array,
+        for on a GPU every operation costs some 5 microseconds. The corrections by expm1: 1 - b^t loses digits early on.
         """
         c1 = -1.0 / math.expm1(self.step * math.log(self.beta1)) if self.beta1 else 1.0
         c2 = 1.0 / math.sqrt(-math.expm1(self.step * math.log(self.beta2))) if self.beta2 else 1.0

@@ -12,14 +12,13 @@ rest. 50,257 columns at once run at 98 TFLOP/s on an H200 where 50,176 run at 46
 
 With `renyi` the loss is nll - beta H_alpha(softmax), H_alpha = log(sum p^alpha) / (1 - alpha) (Renyi 1961), the
 confidence penalty of Pereyra et al. 2017 (arXiv 1701.06548) with Renyi's entropy in place of Shannon's, to which it
-tends as alpha tends to 1. Near 1 nothing cancels: with a = alpha - 1, sum p^alpha = 1 + a sum (p^alpha - p) / a, and the
-gradient in a logit is beta alpha p (exp(a (log p + H)) - 1) / a, both by a series where a log p is small.
+tends as alpha tends to 1. Near 1 nothing cancels: with a = alpha - 1, sum p^alpha = 1 + a sum (p^alpha - p) / a, and
+the gradient in a logit is beta alpha p (exp(a (log p + H)) - 1) / a, both by a series where a log p is small.
 
 Shapes: M rows, D d_model, V vocabulary, r LoRA rank, C rows of a chunk, W columns of a slice.
 """
 
 import functools
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,14 +1,14 @@
 """Mixture of experts: top-k routing, the way of token copies to their experts and back, and the matrix product whose
 rows each belong to one expert. Dropless: every copy is computed, whatever the load.
 
-Rows lie in one of two arrangements (see `Places`). Sorted by expert, one after the other: each expert's product runs on
-its own rows; for CPUs, few rows and very uneven loads. Padded: every expert has the same number of rows, that of the
-busiest rounded up, and all experts are one batched product, which on an H200 runs at 590 TFLOP/s where eight products
-run at 110 to 130 and `mx.gather_mm` at 140. How many rows a padded arrangement needs only the host can know, so it costs
-one wait for the routing; inside mx.compile, where there are no values, rows are sorted and `mx.gather_mm` serves.
+Rows lie in one of two arrangements (see `Places`). Sorted by expert, one after the other: each expert's product runs
+on its own rows; for CPUs, few rows and very uneven loads. Padded: every expert has the same number of rows, that of the
+busiest rounded up, and all experts are one batched product. On an H200 it runs at 590 TFLOP/s where eight products run
+at 110 to 130. How many rows a padded arrangement needs only the host can know, so it costs one wait for the routing;
+inside mx.compile, where there are no values, rows are sorted and `mx.gather_mm` serves.
 
-Shapes: M tokens, E experts, k experts per token, S = M*k token copies, N rows of an arrangement (S, or E*C with C rows an
-expert), D in, F out.
+Shapes: M tokens, E experts, k experts per token, S = M*k token copies, N rows of an arrangement (S, or E*C with C rows
+for each expert), D in, F out.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 
 from magellano.backend import mx
-from magellano.ops import launch
 from magellano.ops.host import TracedError, evaluate
 from magellano.ops.launch import Kernel, gpu_geometry
 from magellano.ops.lazy import detached, plain
@@ -83,8 +82,8 @@ def route(logits_ME: mx.array, k: int) -> Routing:
         at_MkE = expert_Mk[..., None] == mx.arange(experts)
         return (at_MkE * chosen_Mk[..., None]).sum(axis=1).astype(logits_ME.dtype)
 
-    gate_Mk, *counted = routed(logits_ME.astype(mx.float32))
-    return Routing(gate_Mk, *map(mx.stop_gradient, counted))
+    found: tuple[mx.array, ...] = routed(logits_ME.astype(mx.float32))  # type: ignore[assignment]
+    return Routing(found[0], *map(mx.stop_gradient, found[1:]))
 
 
 def _route_kernel(logits_ME: mx.array, k: int) -> list[mx.array]:
@@ -184,7 +183,8 @@ def combine(y: mx.array, gate_Mk: mx.array, at: Places) -> mx.array:
 
     @mix.vjp
     def mix_vjp(primals, dy_MD, _):  # type: ignore[no-untyped-def]
-        return _combine_backward(dy_MD, *primals, at)
+        y_ND, gate_Mk = primals
+        return _combine_backward(dy_MD, y_ND, gate_Mk, at)
 
     y_MD: mx.array = mix(y.reshape(-1, y.shape[-1]), gate_Mk)  # type: ignore[assignment]
     return y_MD
@@ -192,7 +192,7 @@ def combine(y: mx.array, gate_Mk: mx.array, at: Places) -> mx.array:
 
 def _combine_backward(dy_MD: mx.array, y_ND: mx.array, gate_Mk: mx.array, at: Places) -> tuple[mx.array, mx.array]:
     """The gradients of y and of the gates."""
-    (rows, width), k = y_ND.shape, gate_Mk.shape[1]
+    rows, k = y_ND.shape[0], gate_Mk.shape[1]
     if not y_ND.size or plain(dy_MD, y_ND, gate_Mk, at.copy_N):
         dy_ND = _rows(dy_MD, at.token_N[:, None])
         dgate_N = (dy_ND.astype(mx.float32) * y_ND.astype(mx.float32)).sum(axis=1)
@@ -251,8 +251,8 @@ def _rows(src_RD: mx.array, index_NJ: mx.array, scale_NJ: mx.array | None = None
 
 
 def grouped_matmul(x: mx.array, w_EFD: mx.array | Sequence[Quantized], groups: Groups) -> mx.array:
-    """Each row of x times its expert's w^T. x [E, C, D], padded: all experts at once, `groups` does not matter. x [S, D],
-    sorted: the first groups[0] rows belong to expert 0, and so on; sizes may be 0. Inside mx.compile groups is the
+    """Each row of x times its expert's w^T. x [E, C, D], padded: all experts at once, `groups` does not matter. x [S,
+    D], sorted: the first groups[0] rows belong to expert 0, and so on; sizes may be 0. Inside mx.compile groups is the
     expert of each row.
 
     Differentiable in x and a dense w. NF4 experts are frozen, and made dense again in the backward pass.
@@ -284,7 +284,7 @@ def _batched(x_ECD: mx.array, w_EFD: mx.array | Sequence[Quantized]) -> mx.array
 
     def each(a_ECK: mx.array, transpose: bool) -> mx.array:
         # One batched product would be faster, but a stack of dense experts takes twice its memory and a pass to make.
-        parts = mx.split(a_ECK.reshape(-1, a_ECK.shape[2]), len(w_EFD))
+        parts = list(mx.split(a_ECK.reshape(-1, a_ECK.shape[2]), len(w_EFD)))
         return mx.stack(_one_by_one(parts, w_EFD, range(len(w_EFD)), transpose))
 
     @mx.custom_function
@@ -306,7 +306,9 @@ def _gathered(x_SD: mx.array, w_EFD: mx.array | Sequence[Quantized], expert_S: m
     )
 
     def gather(a_SK: mx.array, w: mx.array) -> mx.array:
-        return mx.gather_mm(a_SK[:, None], w, rhs_indices=expert_S, sorted_indices=True)[:, 0]
+        # Without lhs_indices MLX 0.32.4 on CUDA takes wrong rows when it is told that the experts are sorted.
+        row_S = mx.arange(a_SK.shape[0], dtype=mx.uint32)
+        return mx.gather_mm(a_SK[:, None], w, row_S, expert_S.astype(mx.uint32), sorted_indices=True)[:, 0]
 
     @mx.custom_function
     def product(x_SD: mx.array, w_EFD: mx.array) -> mx.array:

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from magellano.backend import mx
-from magellano.ops import launch
+from magellano.ops import launch, linear_cross_entropy
+from magellano.ops.adamw import Moments, Step, adamw
 from magellano.ops.causal_conv import causal_conv
+from magellano.ops.cross_entropy import Renyi
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
+from magellano.ops.moe import combine, dispatch, places, relu, route
 from magellano.ops.selective_scan import selective_scan
 
 STUB = Path(__file__).with_name("metal_stub.h")
@@ -124,12 +127,36 @@ def _use_operations(dtype: mx.Dtype) -> None:
 
     for function in (scan, convolve):
         mx.eval(mx.grad(function, argnums=(0, 1))(ones(1, 9, 8), mx.ones((8, 16))))
+    _use_experts_and_loss(dtype)
+    for state in (mx.float32, mx.float16):
+        for size in (8 * 256, 9):
+            moments = Moments(*(mx.zeros((size,), state) for _ in range(3)))
+            mx.eval(adamw(ones(size), ones(size), moments, Step(1, 1e-3, 0.9, 0.999, 1e-8, 0.1))[0])
     mx.eval(selective_scan(ones(1, 1, 8), ones(1, 1, 8), -mx.ones((8, 16)), ones(1, 1, 16), ones(1, 1, 16)))
+
+
+def _use_experts_and_loss(dtype: mx.Dtype) -> None:
+    def experts(u: mx.array, logits: mx.array) -> mx.array:
+        routing = route(logits, 2)
+        at = places(routing, padded=True)
+        return combine(relu(dispatch(u, at)), routing.gate_Mk, at).astype(mx.float32).sum()
+
+    def loss(x: mx.array, renyi: Renyi | None) -> mx.array:
+        target, weight = mx.zeros((3,), mx.int32), mx.ones((3,))
+        return linear_cross_entropy(x, mx.ones((7, 8), dtype), target, weight, frozen=True, renyi=renyi)
+
+    x = mx.ones((3, 8), dtype)
+    mx.eval(mx.grad(experts, argnums=(0, 1))(x, mx.ones((3, 4))))
+    for renyi in (None, Renyi(1.0, 0.1), Renyi(2.0, 0.1)):
+        mx.eval(mx.grad(lambda x, renyi=renyi: loss(x, renyi))(x))
 
 
 def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     names = {call.kernel.name for call in launches}
     wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
+    wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "combine_backward")}
+    wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
+    wanted |= {"adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
     assert wanted <= names
 
 

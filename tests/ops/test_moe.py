@@ -176,7 +176,7 @@ def test_feed_forward(load: str, padded: bool, dialect: str) -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_padded_quantised_experts(dtype: mx.Dtype, dialect: str) -> None:
-    M, E, k, D, F = 40, 3, 2, 64, 64
+    M, E, k, D = 40, 3, 2, 64
     rng = np.random.default_rng(6)
     logits = rng.standard_normal((M, E)).astype(np.float32)
     u, dy = (mx.array(rng.standard_normal((M, D)), dtype=mx.float32).astype(dtype) for _ in range(2))
