@@ -196,7 +196,7 @@ class Kernel:
     def _prepare(self, name: str, a: mx.array) -> mx.array:
         if a.ndim == 0:
             a = a.reshape(1)
-        if a.size < _SMALLEST and f"{name}_shape" not in self.body:
+        if dialect() is not Dialect.CUDA and a.size < _SMALLEST and f"{name}_shape" not in self.body:
             a = mx.pad(a.reshape(-1), (0, _SMALLEST - a.size))
         return a
 
