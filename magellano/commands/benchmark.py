@@ -37,8 +37,8 @@ def show(facts: dict[str, Any], console: "Console") -> None:
     report.facts("Benchmark", rows).show(console)
     for key, value in facts.items():
         if isinstance(value, list) and value:
-            columns = tuple(value[0])
-            table = tuple(tuple(report.number(row[c]) for c in columns) for row in value)
+            columns = tuple(dict.fromkeys(c for row in value for c in row))  # not every row has every measure
+            table = tuple(tuple(report.number(row[c]) if c in row else "" for c in columns) for row in value)
             report.Table(key, columns, table).show(console)
         elif isinstance(value, dict):
             report.facts(key, value).show(console)
