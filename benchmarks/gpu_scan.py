@@ -1,7 +1,7 @@
 """Sweeps the scan's GPU geometry: `python benchmarks/gpu_scan.py [forward|backward]` prints times, fastest first.
 
-Sizes are those that mamba-ssm was measured at: float16, N 16, gate, skip and softplus fused. Time of the
-kernels: many runs in one graph, each waiting for the one before; time per call: each run evaluated by itself.
+Sizes are those that mamba-ssm was measured at: float16, N 16, gate, skip and softplus fused. The first
+time: many runs in one graph, each waiting for the one before (benchmark/scan.py); per call: each evaluated by itself.
 Several processes compile; a lock lets only one of them measure.
 """
 
@@ -34,18 +34,18 @@ Inputs = tuple[dict[str, mx.array], mx.array]
 
 
 def ahead(v: Inputs, chosen: Geometry) -> Callable[[mx.array], list[mx.array]]:
-    """The forward as a function of x."""
-    return lambda x: forward({**v[0], "x": x}, chosen)
+    """The forward as a function of dt_bias."""
+    return lambda bias_I: forward({**v[0], "dt_bias": bias_I}, chosen)
 
 
 def back(v: Inputs, chosen: Geometry) -> Callable[[mx.array], list[mx.array]]:
-    """The backward with frozen parameters and its sums over partial results, as a function of x."""
+    """The backward with frozen parameters and its sums over partial results, as a function of dt_bias."""
     borders = forward(v[0], Geometry(4, 1, 4, chosen.steps, 32))[2]
     mx.eval(borders)
     wanted = ("x", "dt", "b", "c", "z")
 
-    def run(x: mx.array) -> list[mx.array]:
-        grads = backward({**v[0], "x": x}, borders, v[1], None, chosen, frozen=True)
+    def run(bias_I: mx.array) -> list[mx.array]:
+        grads = backward({**v[0], "dt_bias": bias_I}, borders, v[1], None, chosen, frozen=True)
         return [grads[name] for name in wanted]
 
     return run
@@ -63,16 +63,16 @@ def times(way: str, chosen: Geometry) -> list[tuple[float, float]]:
     """Milliseconds of the kernels and of a call, at every size."""
     make = {"forward": ahead, "backward": back}[way]
     small = inputs(1, 64, 256, mx.float16)
-    mx.eval(make(small, chosen)(small[0]["x"]))  # compiles
+    mx.eval(make(small, chosen)(small[0]["dt_bias"]))  # compiles
     found = []
     with _lock:
         for B, T, I in SIZES:
             v = inputs(B, T, I, mx.float16)
             mx.eval(v)
-            run, x = make(v, chosen), v[0]["x"]
-            kernels = chained(run, x, 16 if T < 1024 else 3) * 1e3
-            found.append((kernels, machine.seconds(lambda run=run, x=x: run(x)) * 1e3))  # type: ignore[misc]
-        del v, run, x
+            run, bias_I = make(v, chosen), v[0]["dt_bias"]
+            kernels = chained(run, bias_I, 16 if T < 1024 else 3) * 1e3
+            found.append((kernels, machine.seconds(lambda run=run, bias_I=bias_I: run(bias_I)) * 1e3))  # type: ignore[misc]
+        del v, run, bias_I
         mx.clear_cache()
     return found
 
