@@ -1,8 +1,8 @@
 """The selective scan, forward and backward, against its plain-MLX definition and the copy bandwidth.
 
 Sizes on a GPU are those at which mamba-ssm's CUDA kernels were measured: float16, N 16, gate, skip and softplus fused.
-`ms` is the time of one of many runs in one lazy graph, each of which reads something that the one before wrote, with the
-small kernel that makes that something; `call_ms` that of a run evaluated by itself, with MLX's launches and allocations.
+`ms` is the time of one of many runs in one lazy graph, each of which reads something that the one before wrote, with
+the small kernel that makes it; `call_ms` that of a run evaluated by itself, with MLX's launches and allocations.
 """
 
 from collections.abc import Callable
