@@ -16,4 +16,5 @@
     copy[i] = from;
     token[i] = from < 0 ? -1 : from / K;
   }
-  if (i < S) place[i] = (CAPACITY > 0 ? mine * CAPACITY : before_copy) + rank[i];
+  // A copy beyond the capacity gets a place that is there: what is computed then will not be used.
+  if (i < S) place[i] = CAPACITY > 0 ? mine * CAPACITY + (rank[i] < CAPACITY ? rank[i] : CAPACITY - 1) : before_copy + rank[i];

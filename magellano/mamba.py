@@ -55,9 +55,16 @@ class Mamba(nn.Module):
         self.out_proj = Projection(get("out_proj.weight"))
 
     def __call__(
-        self, u_BTD: mx.array, reset_BT: mx.array | None = None, state: MambaState | None = None
+        self,
+        u_BTD: mx.array,
+        reset_BT: mx.array | None = None,
+        state: MambaState | None = None,
+        *,
+        unread: bool = False,
     ) -> tuple[mx.array, MambaState | None]:
-        """Returns y_BTD, and the state after the last step where one was given."""
+        """Returns y_BTD, and the state after the last step where one was given. `unread`: y is only differentiated and
+        may be left out.
+        """
         r, n = self.config.dt_rank, self.config.d_state
         keep = state is not None
         conv_BKI, scan_BIN = state if state is not None else (None, None)
@@ -79,7 +86,7 @@ class Mamba(nn.Module):
             )
         )  # fmt: skip
         # 5. back to the residual width
-        y_BTD = self.out_proj(y_BTI)
+        y_BTD = self.out_proj(y_BTI, unread=unread)
         return y_BTD, None if conv_BKI is None or scan_BIN is None else MambaState(conv_BKI, scan_BIN)
 
     def initial_state(self, batch: int, dtype: mx.Dtype) -> MambaState:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from magellano import state
-from magellano.backend import compute_dtype, mx, nn, tree_flatten, tree_map, tree_unflatten
+from magellano.backend import compute_dtype, mx, tree_flatten, tree_unflatten
+from magellano.backprop import Backprop, Batch
 from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import parameters
@@ -70,7 +71,7 @@ class Trainer:
         self.model, self.config = model, config
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
-        model.checkpointing = True
+        model.chunk = config.loss_chunk
         self.routers = any(name.endswith("router.weight") for name in dict(tree_flatten(model.trainable_parameters())))
         decays = {spec.name for spec in parameters(model.config) if spec.decays}
         self.optimizer = AdamW(
@@ -81,36 +82,29 @@ class Trainer:
         float16 = config.compute is Compute.FLOAT16
         self.scale = LossScale(SCALE_START, dynamic=True) if float16 else LossScale()
         self.step, self.tokens = 0, 0
-        self._grad = nn.value_and_grad(model, self._loss)
-
-    def _loss(self, batch: shards.Batch, total: float, scale: float) -> tuple[mx.array, mx.array]:
-        tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
-        weights, reset = mx.array(batch.weights), mx.array(batch.reset)
-        nll, routers = self.model.loss_sum(tokens, targets, weights, reset, self.config.loss_chunk)
-        objective = nll / total
-        if self.routers:
-            c = self.config
-            objective = objective + (c.balance_loss * routers[0] + c.router_z_loss * routers[1]) / c.accumulate
-        return objective * scale, nll
+        self.backprop = Backprop(model)
 
     def one_step(self) -> Metrics:
         """Take the next step and return its metrics."""
         c, started = self.config, time.perf_counter()
         batches = [self._micro_batch(i) for i in range(c.accumulate)]
         total = sum(float(b.weights.sum()) for b in batches)
-        grads: Any = None
+        grads: dict[str, mx.array] = {}
         nll = 0.0
-        for batch in batches:
-            (_, part), more = self._grad(batch, max(total, 1.0), self.scale.value)
-            grads = more if grads is None else tree_map(mx.add, grads, more)
-            mx.eval(grads, part)
-            nll += part.item()
+        routers = (c.balance_loss / c.accumulate, c.router_z_loss / c.accumulate) if self.routers else None
+        for rows in batches:
+            batch = Batch(*(mx.array(a) for a in (rows.tokens, rows.targets, rows.weights, rows.reset)))
+            factor = self.scale.value / max(total, 1.0)
+            scaled = None if routers is None else (routers[0] * self.scale.value, routers[1] * self.scale.value)
+            found = self.backprop(batch, factor, scaled)
+            grads = _added(grads, found.gradients) if c.accumulate > 1 else found.gradients
+            nll += float(np.array(found.nll))
         norm = float(np.array(global_norm(grads))) / self.scale.value
         lr = cosine_with_warmup(self.step, c.lr, c.warmup, c.steps, c.min_lr_ratio)
         finite = bool(np.isfinite(norm) and np.isfinite(nll))
         if finite:
             factor = c.clip_norm / max(norm, c.clip_norm) / self.scale.value  # clipping and unscaling in the same pass
-            self.optimizer.update(self.model, grads, lr, factor)
+            self.optimizer.update(self.model, tree_unflatten(list(grads.items())), lr, factor)
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.scale.update(finite)
         self.step += 1
@@ -159,6 +153,13 @@ class Trainer:
         self.optimizer.state = tree_unflatten(list(found.optimizer.items()))
         self.step, self.tokens, self.scale = facts["step"], facts["tokens"], LossScale(**facts["loss_scale"])
         return True
+
+
+def _added(sums: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Both sums, in float32."""
+    made = {n: g.astype(mx.float32) + sums[n] if n in sums else g.astype(mx.float32) for n, g in more.items()}
+    mx.eval(made)
+    return made
 
 
 def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, Any]:

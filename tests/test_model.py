@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from magellano import lora
 from magellano.backend import mx, nn, tree_flatten
+from magellano.backprop import Backprop, Batch
 from magellano.layout import ParamSpec, count, lora_count, parameters
 from magellano.model import MagellanoLM, seeded
 from magellano.names import LayerKind
-from magellano.profile import ModelConfig, load_profile
+from magellano.profile import LoraConfig, ModelConfig, load_profile
 
 GOLDEN = Path(__file__).parent / "golden" / "mamba.safetensors"
 SMALL = ModelConfig(d_model=48, n_layers=4, n_experts=4, d_ff=40, d_state=5, dt_rank=6, vocab_size=300)
@@ -36,16 +38,12 @@ def test_mamba_layers_equal_transformers() -> None:
     model = MagellanoLM(config, source)
     tokens = golden["tokens"]
     assert relative(model(tokens), golden["logits"]) < 2e-5
-    model.checkpointing = True
-    targets, weights = tokens[:, 1:], mx.ones((2, 18))
-
-    def loss(_: mx.array) -> mx.array:
-        nll, _ = model.loss_sum(tokens[:, :-1], targets, weights, mx.zeros((2, 18), dtype=mx.uint8), chunk=7)
-        return nll / 36
-
-    value, grads = nn.value_and_grad(model, loss)(tokens)
-    assert abs(value.item() - golden["loss"].item()) < 1e-5
-    for name, grad in tree_flatten(grads):
+    model.chunk = 7
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], mx.ones((2, 18)), mx.zeros((2, 18), dtype=mx.uint8))
+    found = Backprop(model)(batch, 1 / 36)
+    assert abs(found.nll.item() / 36 - golden["loss"].item()) < 1e-5
+    assert {f"grad.{name}" for name in found.gradients} == {name for name in golden if name.startswith("grad.")}
+    for name, grad in found.gradients.items():
         assert relative(grad, golden[f"grad.{name}"]) < 1e-4, name
 
 
@@ -75,19 +73,32 @@ def test_streaming_equals_the_full_forward(chunks: list[int]) -> None:
         at += n
 
 
-def test_checkpointing_changes_no_gradient() -> None:
-    tokens = mx.array(np.random.default_rng(2).integers(0, 300, (2, 9)))
-    reset, weights = mx.zeros((2, 9), dtype=mx.uint8), mx.ones((2, 9))
-    grads = []
-    for checkpointing in (False, True):
-        model = MagellanoLM(SMALL, seeded(3))
-        model.checkpointing = checkpointing
-        step = nn.value_and_grad(
-            model, lambda m=model: m.loss_sum(tokens, tokens, weights, reset, 5)[0] + m.hidden(tokens)[1].sum()
-        )
-        grads.append(dict(tree_flatten(step()[1])))
-    for name, value in grads[0].items():
-        assert relative(value, grads[1][name]) < 1e-5, name
+@pytest.mark.parametrize("routers", [None, (0.5, 0.25)])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_gradients_layer_by_layer_are_those_of_the_whole_model(
+    routers: tuple[float, float] | None, adapted: bool
+) -> None:
+    rng = np.random.default_rng(2)
+    tokens, targets = (mx.array(rng.integers(0, 300, (2, 9))) for _ in range(2))
+    reset, weights = mx.array((rng.random((2, 9)) < 0.3).astype(np.uint8)), mx.array(rng.random((2, 9)))
+    model = MagellanoLM(SMALL, seeded(3))
+    if adapted:
+        start = lora.start(SMALL, LoraConfig(rank=4))
+        lora.attach(model, LoraConfig(rank=4), {n: a + 0.1 * mx.random.normal(a.shape) for n, a in start.items()})
+
+    def loss() -> mx.array:
+        h, total = model.backbone.embeddings(tokens), mx.zeros(())
+        for layer in model.backbone.layers:
+            h, statistics = layer(h, reset)
+            if statistics is not None and routers is not None:
+                total = total + (mx.array(routers) * statistics[:2]).sum()
+        return total + 0.3 * model.nll(model.backbone.norm_f(h), targets, weights)
+
+    wanted = dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
+    found = Backprop(model)(Batch(tokens, targets, weights, reset), 0.3, routers)
+    assert found.gradients.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert relative(found.gradients[name], value) < 1e-5, name
 
 
 @pytest.mark.parametrize(

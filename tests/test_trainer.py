@@ -51,7 +51,7 @@ def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG) -> Trainer:
         w = seeded(3)(spec)
         if spec.target is None:
             return w
-        return [nf4.quantize(x) for x in w] if w.ndim == 3 else nf4.quantize(w)
+        return nf4.NF4Stack.of([nf4.quantize(x) for x in w]) if w.ndim == 3 else nf4.quantize(w)
 
     model, settings = MagellanoLM(SMALL, source), LoraConfig(rank=4)
     lora.attach(model, settings, lora.start(SMALL, settings))

@@ -16,9 +16,10 @@ from magellano.ops import launch, linear_cross_entropy
 from magellano.ops.adamw import Moments, Step, adamw
 from magellano.ops.causal_conv import causal_conv
 from magellano.ops.cross_entropy import Renyi
+from magellano.ops.experts import Layer, feed_forward
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
-from magellano.ops.moe import combine, dispatch, places, relu, route
+from magellano.ops.moe import places, route
 from magellano.ops.selective_scan import selective_scan
 
 STUB = Path(__file__).with_name("metal_stub.h")
@@ -139,7 +140,8 @@ def _use_experts_and_loss(dtype: mx.Dtype) -> None:
     def experts(u: mx.array, logits: mx.array) -> mx.array:
         routing = route(logits, 2)
         at = places(routing, padded=True)
-        return combine(relu(dispatch(u, at)), routing.gate_Mk, at).astype(mx.float32).sum()
+        y = feed_forward(u, routing.gate_Mk, at, Layer(mx.ones((4, 8, 8), dtype)), Layer(mx.ones((4, 8, 8), dtype)))
+        return y.astype(mx.float32).sum()
 
     def loss(x: mx.array, renyi: Renyi | None) -> mx.array:
         target, weight = mx.zeros((3,), mx.int32), mx.ones((3,))
@@ -154,7 +156,7 @@ def _use_experts_and_loss(dtype: mx.Dtype) -> None:
 def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     names = {call.kernel.name for call in launches}
     wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
-    wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "combine_backward")}
+    wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "hidden_backward")}
     wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
     wanted |= {"adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
     assert wanted <= names

@@ -5,8 +5,11 @@ import pytest
 
 from magellano import nf4
 from magellano.backend import mx
+from magellano.nf4 import NF4Stack
+from magellano.ops import experts as operations
 from magellano.ops import grouped_matmul
-from magellano.ops.moe import combine, dispatch, places, relu, route
+from magellano.ops.experts import Layer
+from magellano.ops.moe import places, route
 
 SIZES = {
     "even": [5, 5, 5, 5],
@@ -67,8 +70,8 @@ def test_dense_experts(case: str, dialect: str) -> None:
 @pytest.mark.parametrize("case", SIZES)
 def test_quantised_experts(case: str, dialect: str) -> None:
     x, w, dy = arrays(SIZES[case])
-    experts = [nf4.quantize(mx.array(e)) for e in w]
-    dense = np.stack([np.array(e.dequantize()) for e in experts])
+    experts = NF4Stack.of([nf4.quantize(mx.array(e)) for e in w])
+    dense = np.array(experts.dequantize())
     (y,), (dx,) = mx.vjp(lambda x: grouped_matmul(x, experts, SIZES[case]), [mx.array(x)], [mx.array(dy)])
     right_y, right_dx, _ = expected(x, dense, dy, SIZES[case])
     np.testing.assert_allclose(y, right_y, rtol=1e-5, atol=2e-5)
@@ -83,7 +86,8 @@ def test_only_one_expert_is_dense_at_a_time(dialect: str) -> None:
     if dialect not in ("reference", "host"):
         pytest.skip("a GPU's launches run ahead of what is freed")
     E, F, D = 8, 512, 512
-    experts = [nf4.quantize(mx.random.normal((F, D))) for _ in range(E)]
+    experts = NF4Stack.of([nf4.quantize(mx.random.normal((F, D))) for _ in range(E)])
+    mx.eval(vars(experts.parts), [vars(t.parts) for t in experts.tensors])
     x = mx.random.normal((E * 4, D))
     mx.eval(x)
     before = mx.get_active_memory()
@@ -105,7 +109,7 @@ def test_a_gradient_of_the_weights_costs_one_stack() -> None:
 
 def test_inside_checkpoint(dialect: str) -> None:
     x, w, _ = arrays(SIZES["uneven"])
-    experts = [nf4.quantize(mx.array(e)) for e in w]
+    experts = NF4Stack.of([nf4.quantize(mx.array(e)) for e in w])
 
     def loss(x: mx.array) -> mx.array:
         return grouped_matmul(x, experts, SIZES["uneven"]).square().sum()
@@ -131,8 +135,7 @@ LOADS = {"random": None, "all to one": 2, "even": "even"}
 def feed_forward(u, logits, w1, w2, k, padded=None):  # type: ignore[no-untyped-def]
     routing = route(logits, k)
     at = places(routing, padded=padded)
-    y = grouped_matmul(relu(grouped_matmul(dispatch(u, at), w1, at.groups)), w2, at.groups)
-    return combine(y, routing.gate_Mk, at)
+    return operations.feed_forward(u, routing.gate_Mk, at, Layer(w1), Layer(w2))
 
 
 def feed_forward_exactly(u, logits, w1, w2, dy, k):  # type: ignore[no-untyped-def]
@@ -180,8 +183,11 @@ def test_padded_quantised_experts(dtype: mx.Dtype, dialect: str) -> None:
     rng = np.random.default_rng(6)
     logits = rng.standard_normal((M, E)).astype(np.float32)
     u, dy = (mx.array(rng.standard_normal((M, D)), dtype=mx.float32).astype(dtype) for _ in range(2))
-    w1, w2 = ([nf4.quantize(mx.array(rng.standard_normal((64, 64)), dtype=mx.float32)) for _ in range(E)] for _ in "12")
-    dense = [np.stack([np.array(e.dequantize()) for e in w]) for w in (w1, w2)]
+    w1, w2 = (
+        NF4Stack.of([nf4.quantize(mx.array(rng.standard_normal((64, 64)), dtype=mx.float32)) for _ in range(E)])
+        for _ in "12"
+    )
+    dense = [np.array(w.dequantize()) for w in (w1, w2)]
     (y,), (du,) = mx.vjp(lambda u: feed_forward(u, mx.array(logits), w1, w2, k, True), [u], [dy])
     right_y, right_du, *_ = feed_forward_exactly(
         u.astype(mx.float32), logits, *dense, dy.astype(mx.float32), k
@@ -205,7 +211,7 @@ def test_feed_forward_inside_compile(dialect: str) -> None:
     D = F = 64
     u, logits = mx.random.normal((M, D)), mx.random.normal((M, E))
     w1, w2 = mx.random.normal((E, F, D)), mx.random.normal((E, D, F))
-    quantised = [[nf4.quantize(e) for e in w] for w in (w1, w2)]
+    quantised = [NF4Stack.of([nf4.quantize(e) for e in w]) for w in (w1, w2)]
     for experts in ([w1, w2], quantised):
 
         def loss(u: mx.array, logits: mx.array, experts=experts) -> mx.array:  # type: ignore[no-untyped-def]

@@ -1,0 +1,227 @@
+"""The loss of a batch and the gradients of what trains, layer by layer: gradient checkpointing (Chen et al. 2016,
+arXiv 1604.06174) written out. Forward keeps each layer's input and nothing else; backward makes a layer's intermediates
+again, takes its gradients, and forgets them. So a layer's arrays never outlive it, whatever MLX's graph of a whole
+model would hold, and work is handed to the device a layer at a time while the host prepares the next.
+
+On a GPU each layer's two functions are compiled. What cannot be known then is how many token copies the busiest expert
+gets: a layer is compiled for a capacity, and where a batch turns out to need more, it is done again with more. Where
+loads are too uneven for that, the layer runs uncompiled and waits for its routing.
+
+Shapes: B batch, T time, D d_model.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from magellano.backend import mx, nn, on_gpu, tree_flatten
+from magellano.layout import parameters
+from magellano.model import Layer, MagellanoLM
+from magellano.names import LayerKind
+from magellano.ops.launch import Dialect, dialect
+from magellano.ops.moe import ROUND, even_capacity, wanted_capacity
+
+EMBEDDINGS, FINAL_NORM = "backbone.embeddings", "backbone.norm_f"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as a model takes them, [B, T]: tokens and targets int32, weights float32, reset uint8."""
+
+    tokens: mx.array
+    targets: mx.array
+    weights: mx.array
+    reset: mx.array
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """nll: sum of weight * -log p(target), nats; routers: sums of the routers' losses, float32 [2]; gradients by name.
+    All may still be under way.
+    """
+
+    nll: mx.array
+    routers: mx.array
+    gradients: dict[str, mx.array]
+
+
+class Trainables:
+    """The trainable arrays of a part of the model: read them, and call the part with others in their place."""
+
+    def __init__(self, part: nn.Module, prefix: str, sixteen: set[str]):
+        paths = list(dict(tree_flatten(part.trainable_parameters())))
+        self.names = [f"{prefix}.{path}" for path in paths]
+        self._slots = [_slot(part, path) for path in paths]
+        self._narrow = [name.rsplit(".", 1)[1] in ("lora_a", "lora_b") or name in sixteen for name in self.names]
+
+    def values(self) -> list[mx.array]:
+        return [module[key] for module, key in self._slots]
+
+    def narrow(self, values: Sequence[mx.array], dtype: mx.Dtype) -> list[mx.array]:
+        """`values` with matrices in `dtype`: their products are in it, so their gradients come in it, half as large."""
+        return [v.astype(dtype) if n else v for v, n in zip(values, self._narrow, strict=True)]
+
+    def call(self, part: Callable[..., Any], values: Sequence[mx.array], *args: Any, **more: Any) -> Any:
+        before = self.values()
+        self._put(values)
+        try:
+            return part(*args, **more)
+        finally:
+            self._put(before)
+
+    def _put(self, values: Sequence[mx.array]) -> None:
+        for (module, key), value in zip(self._slots, values, strict=True):
+            module[key] = value
+
+
+def _slot(part: Any, path: str) -> tuple[Any, str]:
+    *way, key = path.split(".")
+    for step in way:
+        part = part[int(step)] if isinstance(part, list) else part[step]
+    return part, key
+
+
+class Backprop:
+    """Loss and gradients of `model`; `capacities` maps a MoE layer's number to the rows that each expert has room for,
+    0 where loads are too uneven or rows few. Reads which parameters train when it is made.
+    """
+
+    def __init__(self, model: MagellanoLM):
+        self.model = model
+        self.capacities: dict[int, int] = {}
+        self._tokens = 0  # of the batch that the capacities are for
+        sixteen = {spec.name for spec in parameters(model.config) if spec.target is not None}
+        layers = model.backbone.layers
+        self._layers = [Trainables(x, f"backbone.layers.{i}", sixteen) for i, x in enumerate(layers)]
+        self._embeddings = Trainables(model.backbone.embeddings, EMBEDDINGS, sixteen)
+        self._norm = Trainables(model.backbone.norm_f, FINAL_NORM, sixteen)
+        self._compiles = on_gpu() and dialect() is not Dialect.REFERENCE
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, batch: Batch, factor: float, router_factors: tuple[float, float] | None = None) -> Outcome:
+        """The gradient of factor * nll, plus the routers' losses (load balance, z) times their factors if given."""
+        scale = mx.array([factor] * 4)
+        down = None if router_factors is None else mx.array([*router_factors, 0.0])
+        self._make_room(batch.tokens.size)
+        while True:
+            outcome, statistics = self._pass(batch, scale, down)
+            if self._fits({i: int(np.array(s)[2]) for i, s in statistics.items()}, batch.tokens.size):
+                return outcome
+
+    def _pass(self, batch: Batch, scale: mx.array, down: mx.array | None) -> tuple[Outcome, dict[int, mx.array]]:
+        # 1. forward: each layer's input stays
+        h_BTD = self._run(self._embed, None, batch.tokens, *self._embeddings.values())
+        inputs, statistics = [], {}
+        for i, layer in enumerate(self._layers):
+            inputs.append(h_BTD)
+            h_BTD, *found = self._run(self._forward, i, h_BTD, batch.reset, *layer.values())
+            if found:
+                statistics[i] = found[0]
+        # 2. the loss, and what it hands down
+        values = [*self._norm.values(), *self._embeddings.values()]
+        nll, dh_BTD, *found = self._run(self._loss, None, h_BTD, batch.targets, batch.weights, scale, *values)
+        gradients = dict(zip([*self._norm.names, *self._embeddings.names], found, strict=True))
+        # 3. backward: the layers in reverse order
+        for i, layer in reversed(list(enumerate(self._layers))):
+            given = [inputs.pop(), batch.reset, dh_BTD, *([] if down is None else [down])]
+            backward = self._backward if down is None else self._backward_with_routers
+            dh_BTD, *found = self._run(backward, i, *given, *layer.values())
+            gradients.update(zip(layer.names, found, strict=True))
+        # 4. the embedding, which is the head's too
+        if self._embeddings.names:
+            found = self._run(self._embed_backward, None, batch.tokens, dh_BTD, *self._embeddings.values())
+            for name, more in zip(self._embeddings.names, found, strict=True):
+                gradients[name] = gradients[name] + more.astype(gradients[name].dtype)
+        routers = mx.stack([s[:2] for s in statistics.values()]).sum(axis=0) if statistics else mx.zeros((2,))
+        return Outcome(nll, routers, gradients), statistics
+
+    def _run(self, function: Callable[..., Any], i: int | None, *arrays: mx.array) -> Any:
+        """function of layer i (or of no layer) on `arrays`, its results under way; compiled on a GPU."""
+        call = function if i is None else functools.partial(function, i)
+        if self._compiles and self.capacities.get(i, 1):  # type: ignore[arg-type]
+            key = (function.__name__, i, self.capacities.get(i))  # type: ignore[arg-type]
+            if key not in self._compiled:
+                self._compiled[key] = mx.compile(call)
+            call = self._compiled[key]
+        made = call(*arrays)
+        if on_gpu():
+            mx.async_eval(made)
+        else:
+            mx.eval(made)
+        return made
+
+    def _embed(self, tokens_BT: mx.array, *values: mx.array) -> mx.array:
+        h_BTD: mx.array = self._embeddings.call(self.model.backbone.embeddings, values, tokens_BT)
+        return h_BTD.astype(self.model.compute)
+
+    def _embed_backward(self, tokens_BT: mx.array, dh_BTD: mx.array, *values: mx.array) -> list[mx.array]:
+        return mx.vjp(lambda *v: self._embed(tokens_BT, *v), list(values), [dh_BTD])[1]
+
+    def _layer(self, i: int, h_BTD: mx.array, reset_BT: mx.array, *values: mx.array, unread: bool) -> list[mx.array]:
+        """The layer's output and, of a MoE layer, its statistics [3]."""
+        layer: Layer = self.model.backbone.layers[i]
+        room = {"capacity": self.capacities.get(i)} if layer.kind is LayerKind.MOE else {}
+        h_BTD, statistics = self._layers[i].call(layer, values, h_BTD, reset_BT, unread=unread, **room)
+        return [h_BTD] if statistics is None else [h_BTD, statistics]
+
+    def _forward(self, i: int, h_BTD: mx.array, reset_BT: mx.array, *values: mx.array) -> list[mx.array]:
+        return self._layer(i, h_BTD, reset_BT, *values, unread=False)
+
+    def _backward(
+        self, i: int, h_BTD: mx.array, reset_BT: mx.array, dh_BTD: mx.array, *values: mx.array
+    ) -> list[mx.array]:
+        """The gradients of the layer's input and of its trainable arrays."""
+        return self._backward_with_routers(i, h_BTD, reset_BT, dh_BTD, None, *values)
+
+    def _backward_with_routers(
+        self, i: int, h_BTD: mx.array, reset_BT: mx.array, dh_BTD: mx.array, down: mx.array | None, *values: mx.array
+    ) -> list[mx.array]:
+        def call(h_BTD: mx.array, *values: mx.array) -> list[mx.array]:
+            made = self._layer(i, h_BTD, reset_BT, *values, unread=True)
+            return made if down is not None else made[:1]
+
+        narrow = self._layers[i].narrow(values, self.model.compute)
+        moe = self.model.config.kind(i) is LayerKind.MOE
+        cotangents = [dh_BTD, down] if down is not None and moe else [dh_BTD]
+        return mx.vjp(call, [h_BTD, *narrow], cotangents)[1]
+
+    def _loss(
+        self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, scale: mx.array, *values: mx.array
+    ) -> list[mx.array]:
+        """nll, and the gradients of scale[0] * nll in h, the final norm and the head."""
+        model, split = self.model, len(self._norm.names)
+
+        def nll(h_BTD: mx.array, *values: mx.array) -> mx.array:
+            def head() -> mx.array:
+                return model.nll(self._norm.call(model.backbone.norm_f, values[:split], h_BTD), targets_BT, weights_BT)
+
+            loss: mx.array = self._embeddings.call(head, values[split:])
+            return loss
+
+        narrow = [*values[:split], *self._embeddings.narrow(values[split:], model.compute)]
+        (found,), gradients = mx.vjp(nll, [h_BTD, *narrow], [scale[0]])
+        return [found, *gradients]
+
+    def _make_room(self, tokens: int) -> None:
+        """A capacity for every MoE layer that has none; none where nothing is compiled, or the batch's size is new."""
+        config = self.model.config
+        if not self._compiles:
+            return
+        if tokens != self._tokens:
+            self.capacities, self._tokens = {}, tokens
+        for i in range(config.n_layers):
+            if config.kind(i) is LayerKind.MOE and i not in self.capacities:
+                even = even_capacity(tokens, config.top_k, config.n_experts)
+                self.capacities[i] = even if tokens * config.top_k >= config.n_experts * ROUND else 0
+
+    def _fits(self, largest: dict[int, int], tokens: int) -> bool:
+        """Whether every layer's capacity held its busiest expert; makes room where not."""
+        config, fits = self.model.config, True
+        for i, load in largest.items():
+            if 0 < self.capacities.get(i, 0) < load:
+                self.capacities[i] = wanted_capacity(load, tokens, config.top_k, config.n_experts)
+                fits = False
+        return fits
