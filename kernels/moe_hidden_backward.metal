@@ -2,7 +2,7 @@
 // before its gate, dh = gate * da where a > 0, and the gate's gradient is da . a, since the output is linear in a. In float32.
 // Padding rows, whose copy is negative, get zeros.
 //
-// Sizes: da, a [N,F]; gate [S], S token copies; copy [N]; dh, of type T [N,F]; dgate [S]. A threadgroup of SG simdgroups makes a row,
+// Sizes: da, a [N,F]; gate [S], S token copies; copy, dgate [N]; dh, of type T [N,F]. A threadgroup of SG simdgroups makes a row,
 // V elements at a time, V a divisor of F.
   const int F = a_shape[1], row = threadgroup_position_in_grid.x, l = thread_index_in_threadgroup, from = copy[row];
   const size_t start = (size_t)row * (F / V);
@@ -29,8 +29,8 @@
   part = SIMD_SUM(part);
   if (l % SIMD_W == 0) shared[l / SIMD_W] = part;
   TGBARRIER;
-  if (l == 0 && from >= 0) {
+  if (l == 0) {
     float total = 0.0f;
     for (int k = 0; k < SG; ++k) total += shared[k];
-    dgate[from] = total;
+    dgate[row] = total;
   }

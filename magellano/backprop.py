@@ -3,9 +3,9 @@ arXiv 1604.06174) written out. Forward keeps each layer's input and nothing else
 again, takes its gradients, and forgets them. So a layer's arrays never outlive it, whatever MLX's graph of a whole
 model would hold, and work is handed to the device a layer at a time while the host prepares the next.
 
-On a GPU each layer's two functions are compiled. What cannot be known then is how many token copies the busiest expert
-gets: a layer is compiled for a capacity, and where a batch turns out to need more, it is done again with more. Where
-loads are too uneven for that, the layer runs uncompiled and waits for its routing.
+On a GPU each layer's two functions are compiled. What cannot be known then is how many token copies each expert gets: a
+layer is compiled with room for what has been seen and an eighth more, and a batch that turns out to need more is done
+again. So nothing is dropped, and nothing waits for a routing.
 
 Shapes: B batch, T time, D d_model.
 """
@@ -22,7 +22,7 @@ from magellano.layout import parameters
 from magellano.model import Layer, MagellanoLM
 from magellano.names import LayerKind
 from magellano.ops.launch import Dialect, dialect
-from magellano.ops.moe import ROUND, even_capacity, wanted_capacity
+from magellano.ops.moe import Room
 
 EMBEDDINGS, FINAL_NORM = "backbone.embeddings", "backbone.norm_f"
 
@@ -85,14 +85,15 @@ def _slot(part: Any, path: str) -> tuple[Any, str]:
 
 
 class Backprop:
-    """Loss and gradients of `model`; `capacities` maps a MoE layer's number to the rows that each expert has room for,
-    0 where loads are too uneven or rows few. Reads which parameters train when it is made.
+    """Loss and gradients of `model`. `loads` maps a MoE layer's number to the most token copies that each expert got in
+    a batch so far. Reads which parameters train when it is made.
     """
 
     def __init__(self, model: MagellanoLM):
         self.model = model
-        self.capacities: dict[int, int] = {}
-        self._tokens = 0  # of the batch that the capacities are for
+        self.loads: dict[int, list[int]] = {}
+        self._rooms: dict[int, Room] = {}
+        self._tokens = 0  # of the batches that the rooms are for
         sixteen = {spec.name for spec in parameters(model.config) if spec.target is not None}
         layers = model.backbone.layers
         self._layers = [Trainables(x, f"backbone.layers.{i}", sixteen) for i, x in enumerate(layers)]
@@ -104,22 +105,23 @@ class Backprop:
     def __call__(self, batch: Batch, factor: float, router_factors: tuple[float, float] | None = None) -> Outcome:
         """The gradient of factor * nll, plus the routers' losses (load balance, z) times their factors if given."""
         scale = mx.array([factor] * 4)
-        down = None if router_factors is None else mx.array([*router_factors, 0.0])
-        self._make_room(batch.tokens.size)
+        down = None if router_factors is None else mx.array([*router_factors, 0.0, 0.0])
+        self._make_rooms(batch)
         while True:
-            outcome, statistics = self._pass(batch, scale, down)
-            if self._fits({i: int(np.array(s)[2]) for i, s in statistics.items()}, batch.tokens.size):
+            outcome, sizes = self._pass(batch, scale, down)
+            if not self._rooms or self._hold({i: np.array(size_E).tolist() for i, size_E in sizes.items()}):
                 return outcome
 
     def _pass(self, batch: Batch, scale: mx.array, down: mx.array | None) -> tuple[Outcome, dict[int, mx.array]]:
         # 1. forward: each layer's input stays
         h_BTD = self._run(self._embed, None, batch.tokens, *self._embeddings.values())
-        inputs, statistics = [], {}
+        inputs, losses, sizes = [], [], {}
         for i, layer in enumerate(self._layers):
             inputs.append(h_BTD)
             h_BTD, *found = self._run(self._forward, i, h_BTD, batch.reset, *layer.values())
             if found:
-                statistics[i] = found[0]
+                losses.append(found[0])
+                sizes[i] = found[1]
         # 2. the loss, and what it hands down
         values = [*self._norm.values(), *self._embeddings.values()]
         nll, dh_BTD, *found = self._run(self._loss, None, h_BTD, batch.targets, batch.weights, scale, *values)
@@ -135,14 +137,14 @@ class Backprop:
             found = self._run(self._embed_backward, None, batch.tokens, dh_BTD, *self._embeddings.values())
             for name, more in zip(self._embeddings.names, found, strict=True):
                 gradients[name] = gradients[name] + more.astype(gradients[name].dtype)
-        routers = mx.stack([s[:2] for s in statistics.values()]).sum(axis=0) if statistics else mx.zeros((2,))
-        return Outcome(nll, routers, gradients), statistics
+        routers = mx.stack(losses).sum(axis=0) if losses else mx.zeros((2,))
+        return Outcome(nll, routers, gradients), sizes
 
     def _run(self, function: Callable[..., Any], i: int | None, *arrays: mx.array) -> Any:
-        """function of layer i (or of no layer) on `arrays`, its results under way; compiled on a GPU."""
+        """function of layer i (or of no layer) on `arrays`, its results under way; layers are compiled on a GPU."""
         call = function if i is None else functools.partial(function, i)
-        if self._compiles and self.capacities.get(i, 1):  # type: ignore[arg-type]
-            key = (function.__name__, i, self.capacities.get(i))  # type: ignore[arg-type]
+        if self._compiles and i is not None:
+            key = (function.__name__, i, self._rooms.get(i))
             if key not in self._compiled:
                 self._compiled[key] = mx.compile(call)
             call = self._compiled[key]
@@ -161,11 +163,10 @@ class Backprop:
         return mx.vjp(lambda *v: self._embed(tokens_BT, *v), list(values), [dh_BTD])[1]
 
     def _layer(self, i: int, h_BTD: mx.array, reset_BT: mx.array, *values: mx.array, unread: bool) -> list[mx.array]:
-        """The layer's output and, of a MoE layer, its statistics [3]."""
+        """The layer's output and, of a MoE layer, its router's losses [2] and token copies per expert [E]."""
         layer: Layer = self.model.backbone.layers[i]
-        room = {"capacity": self.capacities.get(i)} if layer.kind is LayerKind.MOE else {}
-        h_BTD, statistics = self._layers[i].call(layer, values, h_BTD, reset_BT, unread=unread, **room)
-        return [h_BTD] if statistics is None else [h_BTD, statistics]
+        h_BTD, routed = self._layers[i].call(layer, values, h_BTD, reset_BT, room=self._rooms.get(i), unread=unread)
+        return [h_BTD] if routed is None else [h_BTD, *routed]
 
     def _forward(self, i: int, h_BTD: mx.array, reset_BT: mx.array, *values: mx.array) -> list[mx.array]:
         return self._layer(i, h_BTD, reset_BT, *values, unread=False)
@@ -180,12 +181,11 @@ class Backprop:
         self, i: int, h_BTD: mx.array, reset_BT: mx.array, dh_BTD: mx.array, down: mx.array | None, *values: mx.array
     ) -> list[mx.array]:
         def call(h_BTD: mx.array, *values: mx.array) -> list[mx.array]:
-            made = self._layer(i, h_BTD, reset_BT, *values, unread=True)
-            return made if down is not None else made[:1]
+            return self._layer(i, h_BTD, reset_BT, *values, unread=True)[: len(cotangents)]
 
         narrow = self._layers[i].narrow(values, self.model.compute)
         moe = self.model.config.kind(i) is LayerKind.MOE
-        cotangents = [dh_BTD, down] if down is not None and moe else [dh_BTD]
+        cotangents = [dh_BTD, down[:2]] if down is not None and moe else [dh_BTD]
         return mx.vjp(call, [h_BTD, *narrow], cotangents)[1]
 
     def _loss(
@@ -205,23 +205,26 @@ class Backprop:
         (found,), gradients = mx.vjp(nll, [h_BTD, *narrow], [scale[0]])
         return [found, *gradients]
 
-    def _make_room(self, tokens: int) -> None:
-        """A capacity for every MoE layer that has none; none where nothing is compiled, or the batch's size is new."""
-        config = self.model.config
-        if not self._compiles:
+    def _make_rooms(self, batch: Batch) -> None:
+        """Rooms for batches of this size, from the loads of a pass that waits for each layer's routing."""
+        if not self._compiles or batch.tokens.size == self._tokens:
             return
-        if tokens != self._tokens:
-            self.capacities, self._tokens = {}, tokens
-        for i in range(config.n_layers):
-            if config.kind(i) is LayerKind.MOE and i not in self.capacities:
-                even = even_capacity(tokens, config.top_k, config.n_experts)
-                self.capacities[i] = even if tokens * config.top_k >= config.n_experts * ROUND else 0
+        self.loads, self._rooms, self._tokens = {}, {}, batch.tokens.size
+        h_BTD, sizes = self._embed(batch.tokens, *self._embeddings.values()), {}
+        for i, layer in enumerate(self._layers):
+            h_BTD, *found = self._layer(i, h_BTD, batch.reset, *layer.values(), unread=False)
+            mx.eval(h_BTD, found)
+            if found:
+                sizes[i] = np.array(found[1]).tolist()
+        self._hold(sizes)
 
-    def _fits(self, largest: dict[int, int], tokens: int) -> bool:
-        """Whether every layer's capacity held its busiest expert; makes room where not."""
-        config, fits = self.model.config, True
-        for i, load in largest.items():
-            if 0 < self.capacities.get(i, 0) < load:
-                self.capacities[i] = wanted_capacity(load, tokens, config.top_k, config.n_experts)
-                fits = False
-        return fits
+    def _hold(self, sizes: dict[int, list[int]]) -> bool:
+        """Whether every layer's room held these loads; larger rooms where not."""
+        held = True
+        for i, loads in sizes.items():
+            if i in self._rooms and self._rooms[i].holds(loads):
+                continue
+            self.loads[i] = [max(pair) for pair in zip(loads, self.loads.get(i, loads), strict=True)]
+            self._rooms[i] = Room.padded(self.loads[i], self._tokens, spare=True)
+            held = False
+        return held

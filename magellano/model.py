@@ -10,9 +10,10 @@ from magellano.backend import mx, nn
 from magellano.layout import EMBEDDING, ParamSpec, layer_parameters, parameters
 from magellano.linear import Embedding, Weight, array
 from magellano.mamba import Mamba, MambaState
-from magellano.moe import MoE
+from magellano.moe import MoE, RouterState
 from magellano.names import LayerKind
 from magellano.ops import linear_cross_entropy, token_scores
+from magellano.ops.moe import Room
 from magellano.profile import ModelConfig
 
 Source = Callable[[ParamSpec], Weight]  # where weights come from: a seed, or files
@@ -47,16 +48,16 @@ class Layer(nn.Module):
         self.mixer = mixers[self.kind](config, lambda name: source(specs[f"{at}mixer.{name}"]))
 
     def __call__(
-        self, h_BTD: mx.array, reset_BT: mx.array, *, capacity: int | None = None, unread: bool = False
-    ) -> tuple[mx.array, mx.array | None]:
-        """Returns h_BTD and the router's statistics [3] (see MoE; None for Mamba). `unread`: h is only differentiated
-        and may be wrong.
+        self, h_BTD: mx.array, reset_BT: mx.array, *, room: Room | None = None, unread: bool = False
+    ) -> tuple[mx.array, RouterState | None]:
+        """Returns h_BTD and what the router did (None for Mamba). `room`: for the experts' rows (see MoE). `unread`: h
+        is only differentiated and may be wrong.
         """
         u_BTD, mixer = self.norm(h_BTD), self.mixer
         if isinstance(mixer, Mamba):
             return h_BTD + mixer(u_BTD, reset_BT, unread=unread)[0], None
-        y_BTD, statistics = mixer(u_BTD, capacity=capacity, unread=unread)
-        return h_BTD + y_BTD, statistics
+        y_BTD, routed = mixer(u_BTD, room=room, unread=unread)
+        return h_BTD + y_BTD, routed
 
     def step(self, h_BTD: mx.array, state: MambaState | None) -> tuple[mx.array, MambaState | None]:
         """The same with a state carried from call to call; MoE layers have none."""

@@ -4,14 +4,22 @@ Shapes: B batch, T time, D d_model, E experts, F d_ff, k experts per token, M = 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from magellano.backend import mx, nn
 from magellano.linear import ExpertProjection, Weight, array
 from magellano.ops.experts import feed_forward
-from magellano.ops.moe import places, route
+from magellano.ops.moe import Room, places, route
 from magellano.profile import ModelConfig
+
+
+class RouterState(NamedTuple):
+    """What a router did with a batch: its two losses, load balance and z, float32 [2], and token copies per expert."""
+
+    losses: mx.array
+    size_E: mx.array
 
 
 class Router(nn.Module):
@@ -40,23 +48,22 @@ class MoE(nn.Module):
         self.experts = Experts(get("experts.w1.weight"), get("experts.w2.weight"))
 
     def __call__(
-        self, u_BTD: mx.array, *, capacity: int | None = None, unread: bool = False
-    ) -> tuple[mx.array, mx.array]:
-        """Returns y_BTD and, float32 [3], the router's two losses, load balance and z, and how many token copies the
-        busiest expert got. `capacity`: see `places`; results are void where the busiest got more. `unread`: y is only
-        differentiated and may be left out.
+        self, u_BTD: mx.array, *, room: Room | None = None, unread: bool = False
+    ) -> tuple[mx.array, "RouterState"]:
+        """Returns y_BTD and what the router did. `room`: see `places`; where it does not hold the loads, results are
+        void. `unread`: y is only differentiated and may be left out.
         """
         k, shape = self.config.top_k, u_BTD.shape
         u_MD = u_BTD.reshape(-1, shape[-1])
         # 1. route in float32
         logits_ME = self._logits(u_MD)
         routing = route(logits_ME, k)
-        # 2. a place for each token copy among its expert's
-        at = places(routing, capacity=capacity)
-        # 3. each expert on its own copies; back to the tokens, weighted by the gates
+        # 2. a row for each token copy among its expert's
+        at = places(routing, room)
+        # 3. each expert on its own rows; back to the tokens, weighted by the gates
         w1, w2 = self.experts.w1.layer(u_MD.dtype), self.experts.w2.layer(u_MD.dtype)
         y_MD = feed_forward(u_MD, routing.gate_Mk, at, w1, w2, unread=unread)
-        return y_MD.reshape(shape), self._statistics(logits_ME, routing.size_E)
+        return y_MD.reshape(shape), RouterState(self._losses(logits_ME, routing.size_E), routing.size_E)
 
     def counts(self, u_BTD: mx.array) -> list[int]:
         """Token copies per expert, for the reports."""
@@ -66,11 +73,10 @@ class MoE(nn.Module):
     def _logits(self, u_MD: mx.array) -> mx.array:
         return u_MD.astype(mx.float32) @ self.router.weight.astype(mx.float32).T
 
-    def _statistics(self, logits_ME: mx.array, size_E: mx.array) -> mx.array:
+    def _losses(self, logits_ME: mx.array, size_E: mx.array) -> mx.array:
         """Load balance (Fedus et al. 2021, arXiv 2101.03961; 1 when even) and router z (Zoph et al. 2022, arXiv
         2202.08906).
         """
         share_E = mx.stop_gradient(size_E.astype(mx.float32)) / max(1, logits_ME.shape[0] * self.config.top_k)
         balance = self.config.n_experts * (share_E * mx.softmax(logits_ME, axis=-1).mean(axis=0)).sum()
-        largest = mx.stop_gradient(size_E.max().astype(mx.float32))
-        return mx.stack([balance, mx.logsumexp(logits_ME, axis=-1).square().mean(), largest])
+        return mx.stack([balance, mx.logsumexp(logits_ME, axis=-1).square().mean()])

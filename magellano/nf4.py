@@ -150,7 +150,12 @@ class NF4Stack:
         mx.eval([list(t.arrays().values()) for t in made])
         return made
 
-    def dequantize(self, dtype: mx.Dtype = mx.float32, after: mx.array | None = None) -> mx.array:
-        """All matrices, [E, O, I] in `dtype`, in one launch on a GPU. O I must be a multiple of 64."""
+    def dequantize(
+        self, dtype: mx.Dtype = mx.float32, after: mx.array | None = None, which: Sequence[int] | None = None
+    ) -> mx.array:
+        """The matrices with the numbers `which`, by default all, [n, O, I] in `dtype`, in one launch on a GPU. O I must
+        be a multiple of 64.
+        """
         _, O, I = self.shape
-        return nf4.dequantize(self.parts.after(after), O * I, dtype).reshape(self.shape)
+        numbers = tuple(range(len(self)) if which is None else which)
+        return nf4.dequantize(self.parts.after(after), O * I, dtype, numbers).reshape(len(numbers), O, I)

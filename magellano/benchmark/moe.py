@@ -11,7 +11,7 @@ from magellano import nf4
 from magellano.backend import compute_dtype, mx, nn
 from magellano.benchmark import machine
 from magellano.ops.experts import Layer, feed_forward
-from magellano.ops.moe import places, route
+from magellano.ops.moe import Room, places, route
 
 TOP_K, EXPERTS = 2, 8
 Product = Callable[[mx.array, mx.array], mx.array]  # rows and the weights of all experts
@@ -42,10 +42,10 @@ def run() -> dict[str, Any]:
     def plain(product: Product) -> Callable[[mx.array], mx.array]:
         return lambda x: product(nn.relu(product(x, w1)), w2)
 
-    def ours(w1: Any, w2: Any, padded: bool | None = None) -> Callable[[mx.array], mx.array]:
+    def ours(w1: Any, w2: Any, room: Room | None = None) -> Callable[[mx.array], mx.array]:
         def mixture(u: mx.array) -> mx.array:
             routing = route(logits, TOP_K)
-            at = places(routing, padded=padded)
+            at = places(routing, room)
             return feed_forward(u, routing.gate_Mk, at, Layer(w1), Layer(w2))
 
         return mixture
@@ -63,7 +63,7 @@ def run() -> dict[str, Any]:
         "slices": (plain(sliced), x),
         "ours, dense": (ours(w1, w2), u),
         "ours, NF4": (ours(q1, q2), u),
-        "ours, dense, rows sorted": (ours(w1, w2, padded=False), u),
+        "ours, NF4, room made before": (ours(q1, q2, Room.padded(sizes, tokens, spare=True)), u),
     }
     table = []
     for what, (f, a) in ways.items():

@@ -2,7 +2,7 @@
 
 from magellano.ops.causal_conv import causal_conv
 from magellano.ops.cross_entropy import linear_cross_entropy, token_scores
-from magellano.ops.experts import feed_forward, grouped_matmul
+from magellano.ops.experts import feed_forward
 from magellano.ops.lora import adapted_matmul
 from magellano.ops.moe import route
 from magellano.ops.nf4 import nf4_matmul
@@ -12,7 +12,6 @@ __all__ = [
     "adapted_matmul",
     "causal_conv",
     "feed_forward",
-    "grouped_matmul",
     "linear_cross_entropy",
     "nf4_matmul",
     "route",

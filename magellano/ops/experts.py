@@ -1,25 +1,26 @@
 """The experts' two layers over their own rows (see moe.py for how the rows come there), dense or NF4, with or without
 adapters: y = sum over a token's experts of gate * w2'(relu(w1'(u))), w' x = W x + s B (A x).
 
-Products run in one of three forms. Padded rows [E, C, D]: one batched product; on an H200 it runs at 590 TFLOP/s where
-eight products run at 110 to 130. Sorted rows [N, D] with known sizes: one product for each expert. Sorted rows inside
-mx.compile, where sizes are no values: mx.gather_mm.
+The experts of one part of a room have the same number of rows, so that each product is one batched product.
 
-Shapes: M tokens, E experts, k experts per token, N rows, C rows of an expert if padded, D in, F hidden, r LoRA rank.
+Shapes: M tokens, k experts per token, E experts, n experts of a part with C rows each, N rows in all, D in, F hidden,
+I in and O out of a layer, r LoRA rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 from magellano.backend import mx
 from magellano.ops.launch import Kernel, gpu_geometry
 from magellano.ops.lazy import detached, plain
-from magellano.ops.moe import Groups, Places, gather, spread
+from magellano.ops.moe import Places, rows
 from magellano.ops.nf4 import Quantized
 
 _HIDDEN_BACKWARD = Kernel("moe_hidden_backward", ("da", "a", "gate", "copy"), ("dh", "dgate"))
 _THREADS = 256  # of a threadgroup on a GPU
+
+Experts = tuple[int, ...]  # the numbers of a part's experts
 
 
 class Stack(Protocol):
@@ -29,7 +30,9 @@ class Stack(Protocol):
 
     def __getitem__(self, e: int, /) -> Quantized: ...
 
-    def dequantize(self, dtype: mx.Dtype = ..., after: mx.array | None = None) -> mx.array: ...
+    def dequantize(
+        self, dtype: mx.Dtype = ..., after: mx.array | None = None, which: Sequence[int] | None = None
+    ) -> mx.array: ...
 
 
 Weights = mx.array | Stack
@@ -61,30 +64,27 @@ class Layer:
             return Layer(self.weight, arrays[0], arrays[1], self.scale)
         return Layer(arrays[0]) if self.trains else self
 
-    def __call__(self, x: mx.array, groups: Groups) -> tuple[mx.array, mx.array | None]:
-        """w' x for each row, and A x."""
-        y = times(x, self.weight, groups)
+    def __call__(self, x: mx.array, experts: Experts) -> tuple[mx.array, mx.array | None]:
+        """w' x [n, C, O] for x [n, C, I], and A x."""
+        y = times(x, self.weight, experts)
         if self.a is None or self.b is None:
             return y, None
-        low = times(x, self.a, groups)
-        return add_times(y, low, self.b, groups, self.scale), low
+        low = times(x, self.a, experts)
+        return add_times(y, low, self.b, experts, self.scale), low
 
-    def back(self, dy: mx.array, groups: Groups) -> tuple[mx.array, mx.array | None]:
+    def back(self, dy: mx.array, experts: Experts) -> tuple[mx.array, mx.array | None]:
         """The gradient of x, and that of s A x."""
-        dx = times(dy, self.weight, groups, transposed=True)
+        dx = times(dy, self.weight, experts, transposed=True)
         if self.a is None or self.b is None:
             return dx, None
-        dlow = times(dy, self.b, groups, transposed=True)
-        return add_times(dx, dlow, self.a, groups, self.scale, transposed=True), dlow
+        dlow = times(dy, self.b, experts, transposed=True)
+        return add_times(dx, dlow, self.a, experts, self.scale, transposed=True), dlow
 
-    def gradients(
-        self, x: mx.array, low: mx.array | None, dy: mx.array, dlow: mx.array | None, groups: Groups
-    ) -> list[mx.array]:
-        """Of `arrays`."""
-        experts = len(self.weight)
+    def gradients(self, x: mx.array, low: mx.array | None, dy: mx.array, dlow: mx.array | None) -> list[mx.array]:
+        """Of `arrays`, for a part's experts: [n, .., ..]."""
         if low is not None and dlow is not None:
-            return [outer(self.scale * dlow, x, groups, experts), outer(dy, self.scale * low, groups, experts)]
-        return [outer(dy, x, groups, experts)] if self.trains else []
+            return [outer(self.scale * dlow, x), outer(dy, self.scale * low)]
+        return [outer(dy, x)] if self.trains else []
 
 
 def feed_forward(
@@ -104,154 +104,161 @@ def feed_forward(
     @mx.custom_function
     def mixture(u_MD: mx.array, gate_Mk: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         first, second = layers(arrays)
-        # 1. the copies go to their experts
-        x = spread(u_MD, at)
-        # 2. up, and what is positive stays
-        h, low1 = first(x, at.groups)
-        a = detached(mx.maximum(h, 0))
-        kept = (x, a) if low1 is None else (x, a, low1)
-        if unread:
-            return mx.zeros(u_MD.shape, u_MD.dtype), *kept
-        # 3. down, back to the tokens, weighted by the gates
-        return gather(second(a, at.groups)[0], at, gate_Mk), *kept
+        y, kept = [], []
+        for experts, part in _parts(at):
+            # 1. the copies go to their experts
+            x = part.spread(u_MD)
+            # 2. up, and what is positive stays
+            h, low1 = first(x, experts)
+            a = detached(mx.maximum(h, 0))
+            kept += [x, a] if low1 is None else [x, a, low1]
+            # 3. down
+            if not unread:
+                y.append(second(a, experts)[0])
+        # 4. back to the tokens, weighted by the gates
+        y_MD = mx.zeros(u_MD.shape, u_MD.dtype) if unread else _gather(y, at, u_MD, gate_Mk)
+        return y_MD, *kept
 
     @mixture.vjp
     def mixture_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-        gate_Mk, *arrays = primals[1:]
+        u_MD, gate_Mk, *arrays = primals
         first, second = layers(arrays)
-        x, a, *low1 = outputs[1:]
-        dy = spread(cotangents[0], at)
-        da, dlow2 = second.back(dy, at.groups)
-        dh, dgate_Mk = hidden_backward(da, a, gate_Mk, at)
-        dx, dlow1 = first.back(dh, at.groups)
-        found = first.gradients(x, low1[0] if low1 else None, dh, dlow1, at.groups)
-        if second.a is not None and dlow2 is not None:  # the gates weigh the thin factors
-            low2, dlow2 = weigh(times(a, second.a, at.groups), gate_Mk, at), weigh(dlow2, gate_Mk, at)
-            found += second.gradients(a, low2, dy, dlow2, at.groups)
-        elif second.trains:
-            found += second.gradients(a, None, weigh(dy, gate_Mk, at), None, at.groups)
-        return gather(dx, at), dgate_Mk, *found
+        kept = iter(outputs[1:])
+        dx, dgate, found = [], [mx.zeros((0,))], []
+        for experts, part in _parts(at):
+            x, a, low1 = next(kept), next(kept), (next(kept) if first.a is not None else None)
+            dy = part.spread(cotangents[0])
+            da, dlow2 = second.back(dy, experts)
+            dh, dgate_part = hidden_backward(da, a, gate_Mk, part)
+            dx_part, dlow1 = first.back(dh, experts)
+            dx.append(dx_part)
+            dgate.append(dgate_part)
+            more = first.gradients(x, low1, dh, dlow1)
+            if second.a is not None and dlow2 is not None:  # the gates weigh the thin factors
+                low2, dlow2 = part.weigh(times(a, second.a, experts), gate_Mk), part.weigh(dlow2, gate_Mk)
+                more += second.gradients(a, low2, dy, dlow2)
+            elif second.trains:
+                more += second.gradients(a, None, part.weigh(dy, gate_Mk), None)
+            found.append((experts, more))
+        dgate_Mk = mx.concatenate(dgate)[at.row_Mk] if at.row_Mk.size else mx.zeros(gate_Mk.shape)
+        grads = [_all(found, number, array) for number, array in enumerate(arrays)]
+        return _gather(dx, at, u_MD), dgate_Mk, *grads
 
     outputs: tuple[mx.array, ...] = mixture(u_MD, gate_Mk, *w1.arrays(), *w2.arrays())  # type: ignore[assignment]
     return outputs[0]
 
 
-def weigh(y: mx.array, gate_Mk: mx.array, at: Places) -> mx.array:
-    """Each row times the gate of its copy; padding is zero already."""
-    gate_N1 = gate_Mk.reshape(-1)[mx.maximum(at.copy_N, 0)][:, None].astype(y.dtype)
-    return (y.reshape(-1, y.shape[-1]) * gate_N1).reshape(y.shape)
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a part: n experts, the copy and the token in each row."""
+
+    experts: int
+    copy_R: mx.array
+    token_R: mx.array
+
+    def spread(self, u_MD: mx.array) -> mx.array:
+        """Each row's token, [n, C, D]; zero in padding."""
+        return rows(u_MD, self.token_R[:, None]).reshape(self.experts, -1, u_MD.shape[1])
+
+    def weigh(self, y: mx.array, gate_Mk: mx.array) -> mx.array:
+        """Each row times the gate of its copy; padding is zero already."""
+        gate_R = gate_Mk.reshape(-1)[mx.maximum(self.copy_R, 0)]
+        return y * gate_R.reshape(self.experts, -1, 1).astype(y.dtype)
 
 
-def hidden_backward(da: mx.array, a: mx.array, gate_Mk: mx.array, at: Places) -> tuple[mx.array, mx.array]:
-    """dh = gate * da where a > 0, shaped as a, and the gates' gradient da . a, float32 [M, k]."""
-    width, shape = a.shape[-1], a.shape
+def _parts(at: Places) -> Iterator[tuple[Experts, _Part]]:
+    first = 0
+    for experts, size in at.room.parts:
+        last = first + len(experts) * size
+        yield experts, _Part(len(experts), at.copy_N[first:last], at.token_N[first:last])
+        first = last
+
+
+def _gather(parts: list[mx.array], at: Places, u_MD: mx.array, gate_Mk: mx.array | None = None) -> mx.array:
+    """For each token the sum of its copies' rows, weighted by the gates where they are given: as u_MD."""
+    if not parts:
+        return mx.zeros_like(u_MD)
+    return rows(mx.concatenate([p.reshape(-1, u_MD.shape[1]) for p in parts]), at.row_Mk, gate_Mk)
+
+
+def _all(found: list[tuple[Experts, list[mx.array]]], number: int, like: mx.array) -> mx.array:
+    """The gradient of array `number` for all experts, from those of the parts; zero where an expert has no rows."""
+    if len(found) == 1 and found[0][0] == tuple(range(like.shape[0])):
+        return found[0][1][number]
+    each: dict[int, mx.array] = {}
+    for experts, gradients in found:
+        each.update(zip(experts, mx.split(gradients[number], len(experts)), strict=True))
+    nothing = mx.zeros((1, *like.shape[1:]), like.dtype)
+    return mx.concatenate([each.get(e, nothing) for e in range(like.shape[0])])
+
+
+def hidden_backward(da: mx.array, a: mx.array, gate_Mk: mx.array, part: _Part) -> tuple[mx.array, mx.array]:
+    """dh = gate * da where a > 0, shaped as a, and for each row da . a, float32."""
+    width, shape, copy_R = a.shape[-1], a.shape, part.copy_R
     da, a = da.reshape(-1, width), a.reshape(-1, width)
-    if not a.size or plain(da, a, gate_Mk, at.copy_N):
-        gate_N = mx.where(at.copy_N < 0, 0.0, gate_Mk.reshape(-1)[mx.maximum(at.copy_N, 0)])
-        dgate_N = (da.astype(mx.float32) * a.astype(mx.float32)).sum(axis=1)
-        dh = mx.where(a > 0, gate_N[:, None] * da.astype(mx.float32), 0.0).astype(a.dtype)
-        return dh.reshape(shape), dgate_N[at.row_Mk]
+    if plain(da, a, gate_Mk, copy_R):
+        gate_R = mx.where(copy_R < 0, 0.0, gate_Mk.reshape(-1)[mx.maximum(copy_R, 0)])
+        dgate_R = (da.astype(mx.float32) * a.astype(mx.float32)).sum(axis=1)
+        dh = mx.where(a > 0, gate_R[:, None] * da.astype(mx.float32), 0.0).astype(a.dtype)
+        return dh.reshape(shape), dgate_R
     pack = 16 // a.dtype.size
     pack = pack if gpu_geometry() and width % pack == 0 else 1
-    dh, dgate_S = _HIDDEN_BACKWARD(
-        [da, a, gate_Mk.reshape(-1), at.copy_N],
+    dh, dgate_R = _HIDDEN_BACKWARD(
+        [da, a, gate_Mk.reshape(-1), copy_R],
         template={"T": a.dtype, "SG": _THREADS // 32, "V": pack},
         grid=(a.shape[0] * _THREADS, 1, 1),
         threadgroup=(_THREADS, 1, 1),
         host_template={"SG": 1},
         host_grid=(a.shape[0], 1, 1),
-        output_shapes=[a.shape, (gate_Mk.size,)],
+        output_shapes=[a.shape, (a.shape[0],)],
         output_dtypes=[a.dtype, mx.float32],
     )
-    return dh.reshape(shape), dgate_S.reshape(gate_Mk.shape)
+    return dh.reshape(shape), dgate_R
 
 
-def times(x: mx.array, w: Weights, groups: Groups, transposed: bool = False) -> mx.array:
-    """Each row of x times its expert's W^T, or W if `transposed`: x [E, C, I] padded, or [N, I] sorted, where the first
-    groups[0] rows belong to expert 0, and so on; sizes may be 0. Inside mx.compile groups is the expert of each row.
-    No gradient of its own.
-    """
-    if x.ndim == 3:
-        assert x.shape[0] == len(w), f"{x.shape} for {len(w)} experts"
-        if isinstance(w, mx.array):
-            return x @ (w if transposed else w.swapaxes(1, 2))
-        if gpu_geometry():  # all experts are made dense in one launch and multiplied in another
-            w_EOI = w.dequantize(x.dtype, after=x)
-            return x @ (w_EOI if transposed else w_EOI.swapaxes(1, 2))
-        groups, width = [x.shape[1]] * x.shape[0], x.shape[2]
-        return times(x.reshape(-1, width), w, groups, transposed).reshape(*x.shape[:2], -1)
-    if isinstance(groups, mx.array):
-        return _gathered(x, w, groups, transposed)
-    assert sum(groups) == x.shape[0], f"sizes {groups} do not sum to the {x.shape[0]} rows"
-    assert len(groups) == len(w), f"{len(groups)} sizes for {len(w)} experts"
-    each = [m.reshape(m.shape[1:]) for m in mx.split(w, len(w))] if isinstance(w, mx.array) else []  # w[e] would copy
-    parts: list[mx.array] = []
-    for e, rows in _groups(groups):
-        # An NF4 expert is made dense only when the product before is done.
-        w_OI = each[e] if isinstance(w, mx.array) else w[e].dequantize(x.dtype, after=parts[-1] if parts else x)
-        parts.append(detached(x[rows] @ (w_OI if transposed else w_OI.T)))
-    return mx.concatenate(parts) if parts else mx.zeros((0, _width(w, transposed)), x.dtype)
+def times(x: mx.array, w: Weights, experts: Experts, transposed: bool = False) -> mx.array:
+    """x [n, C, I] times W^T of each of the n experts, or W if `transposed`. No gradient of its own."""
+    assert x.shape[0] == len(experts), f"{x.shape} for experts {experts}"
+    if isinstance(w, mx.array):
+        w_nOI = _dense(w, experts)
+    elif gpu_geometry():  # all are made dense in one launch and multiplied in another
+        w_nOI = w.dequantize(x.dtype, after=x, which=experts)
+    else:
+        each = [
+            _one(part.squeeze(0), w[e], transposed) for part, e in zip(mx.split(x, len(experts)), experts, strict=True)
+        ]
+        return each[0][None] if len(each) == 1 else mx.stack(each)
+    if len(experts) == 1 and not gpu_geometry():
+        w_OI = w_nOI.squeeze(0)  # x[0] would copy
+        return (x.squeeze(0) @ (w_OI if transposed else w_OI.T))[None]
+    return x @ (w_nOI if transposed else w_nOI.swapaxes(1, 2))
+
+
+def _one(x_CI: mx.array, w: Quantized, transposed: bool) -> mx.array:
+    w_OI = w.dequantize(x_CI.dtype, after=x_CI)
+    return detached(x_CI @ (w_OI if transposed else w_OI.T))
+
+
+def _dense(w_EOI: mx.array, experts: Experts) -> mx.array:
+    """The matrices of `experts`; a copy where they do not lie side by side."""
+    first, last = experts[0], experts[-1] + 1
+    if experts != tuple(range(first, last)):
+        return mx.concatenate([_dense(w_EOI, (e,)) for e in experts])
+    return w_EOI if last - first == w_EOI.shape[0] else mx.split(w_EOI, [first, last])[1]  # a view; w[e] would copy
 
 
 def add_times(
-    y: mx.array, x: mx.array, w: mx.array, groups: Groups, scale: float, transposed: bool = False
+    y: mx.array, x: mx.array, w_EOI: mx.array, experts: Experts, scale: float, transposed: bool = False
 ) -> mx.array:
-    """y + scale * `times`, in one pass where rows are padded."""
-    if x.ndim == 3:
-        return mx.addmm(y, x, w if transposed else w.swapaxes(1, 2), alpha=scale)
-    return y + times(scale * x, w, groups, transposed)
+    """y + scale * `times`, in one pass on a GPU."""
+    if not gpu_geometry():
+        return y + times(scale * x, w_EOI, experts, transposed)
+    w_nOI = _dense(w_EOI, experts)
+    return mx.addmm(y, x, w_nOI if transposed else w_nOI.swapaxes(1, 2), alpha=scale)
 
 
-def outer(p: mx.array, q: mx.array, groups: Groups, experts: int) -> mx.array:
-    """For each expert p^T q over its rows: [E, P, Q]."""
-    if p.ndim == 3:
-        return p.swapaxes(1, 2) @ q
-    if isinstance(groups, mx.array):
-        return mx.stack([mx.where(groups[:, None] == e, p, 0).T @ q for e in range(experts)])
-    found = {e: p[rows].T @ q[rows] for e, rows in _groups(groups)}
-    nothing = mx.zeros((p.shape[1], q.shape[1]), p.dtype)
-    return mx.stack([found.get(e, nothing) for e in range(experts)])
-
-
-def _width(w: Weights, transposed: bool) -> int:
-    shape = w.shape[1:] if isinstance(w, mx.array) else w[0].shape
-    return shape[1 if transposed else 0]
-
-
-def _gathered(x_NI: mx.array, w: Weights, expert_N: mx.array, transposed: bool) -> mx.array:
-    dense = w if isinstance(w, mx.array) else mx.stack([w[e].dequantize(x_NI.dtype, after=x_NI) for e in range(len(w))])
-    # Without lhs_indices MLX 0.32.4 on CUDA takes wrong rows when it is told that the experts are sorted.
-    row_N = mx.arange(x_NI.shape[0], dtype=mx.uint32)
-    matrices = dense if transposed else dense.swapaxes(1, 2)
-    return mx.gather_mm(x_NI[:, None], matrices, row_N, expert_N.astype(mx.uint32), sorted_indices=True)[:, 0]
-
-
-def _groups(sizes: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has rows."""
-    groups, first = [], 0
-    for e, size in enumerate(sizes):
-        if size:
-            groups.append((e, slice(first, first + size)))
-        first += size
-    return groups
-
-
-def grouped_matmul(x: mx.array, w: Weights, groups: Groups) -> mx.array:
-    """`times` with its gradient: differentiable in x and a dense w; NF4 experts are frozen, and made dense again in the
-    backward pass.
-    """
-    layer = Layer(w)
-
-    @mx.custom_function
-    def product(x: mx.array, *arrays: mx.array) -> mx.array:
-        return times(x, layer.with_arrays(arrays).weight, groups)
-
-    @product.vjp
-    def product_vjp(primals, dy, _):  # type: ignore[no-untyped-def]
-        x, *arrays = primals if isinstance(primals, list | tuple) else [primals]
-        found = layer.with_arrays(arrays)
-        dx = times(dy, found.weight, groups, transposed=True)
-        return (dx, *found.gradients(x, None, dy, None, groups)) if arrays else dx
-
-    y: mx.array = product(x, *layer.arrays())  # type: ignore[assignment]
-    return y
+def outer(p: mx.array, q: mx.array) -> mx.array:
+    """For each expert p^T q over its rows: [n, P, Q] from [n, C, P] and [n, C, Q]."""
+    if p.shape[0] == 1 and not gpu_geometry():
+        return (p.squeeze(0).T @ q.squeeze(0))[None]
+    return p.swapaxes(1, 2) @ q

@@ -5,6 +5,8 @@ Inside mx.grad and mx.vjp MLX keeps the graph of every array, computed or not, a
 of: mx.eval there frees nothing, and mx.checkpoint saves nothing. `detached` cuts an array loose.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from magellano.backend import mx, on_gpu
@@ -47,3 +49,10 @@ def resident(a: mx.array) -> mx.array:
     if not on_gpu():
         return a
     return mx.pad(a, (0, max(1, 16 - a.size)))
+
+
+def constant(values: Sequence[float], dtype: mx.Dtype) -> mx.array:
+    """`values` as a `resident` array, computed now. For a cache: a kernel's tables and placeholders."""
+    made = resident(mx.array(list(values), dtype=dtype))
+    mx.eval(made)
+    return made

@@ -1,17 +1,20 @@
 """Mixture of experts: top-k routing, and the way of token copies to their experts and back. Dropless: every copy is
 computed, whatever the load. What experts do with their rows is in experts.py.
 
-Rows lie in one of two arrangements (see `Places`). Sorted by expert, one after the other: for CPUs, few rows and very
-uneven loads. Padded: every expert has the same number of rows, its capacity, and all experts are one batched product.
-A capacity that is chosen beforehand must hold the busiest expert; whoever chooses it compares it with `Routing.size_E`
-afterwards. Without one the host waits for the routing and takes what fits; inside mx.compile, where there are no
-values to wait for, rows are then sorted.
+A `Room` says which rows belong to whom: it gives each expert a number of rows, which its copies fill up from the first.
+On a CPU, where a product for each expert is as good, these are exactly the rows that it needs. On a GPU a few batched
+products are far better (590 TFLOP/s on an H200 where eight single ones run at 110 to 130), so experts with similar
+loads get the same number of rows, and what is left over is padding. How many rows are needed only the host can know
+after a wait for the routing; a room that is made beforehand, from loads seen before, saves the wait, and must be
+compared with `Routing.size_E` afterwards. Inside mx.compile, without one, every expert gets room for every token.
 
-Shapes: M tokens, E experts, k experts per token, S = M*k token copies, N rows of an arrangement (S, or E*C with C rows
-for each expert), D in.
+Shapes: M tokens, E experts, k experts per token, S = M*k token copies, N rows in a room, n experts of one of its parts
+with C rows each, D in.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,18 +23,17 @@ import numpy as np
 from magellano.backend import mx
 from magellano.ops.host import TracedError, evaluate
 from magellano.ops.launch import Kernel, gpu_geometry
-from magellano.ops.lazy import plain, resident
+from magellano.ops.lazy import constant, plain
 
 _ROUTE = Kernel("moe_route", ("logits",), ("gate", "expert", "rank", "order", "counts"))
-_PLACES = Kernel("moe_places", ("expert", "rank", "order", "counts"), ("copy", "token", "place"))
+_PLACES = Kernel("moe_places", ("expert", "rank", "order", "counts", "start", "room"), ("copy", "token", "place"))
 _ROWS = Kernel("moe_rows", ("src", "index", "scale"), ("out",))
 _THREADS, _ROUTE_THREADS, _SIMD = 256, 1024, 32  # of a threadgroup and of a simdgroup on a GPU
 _COUNTERS = 8192  # in threadgroup memory: experts times threads
 _COLUMNS = 4096  # of one host thread
-ROUND = 64  # a padded expert's rows are a multiple of this
-_MOST_PADDING = 2.0  # rows over copies, beyond which sorted rows are better: they need less memory
-
-Groups = list[int] | mx.array  # rows per expert, or inside mx.compile the expert of each row, int32 [N]
+_ROUND = 64  # a padded expert's rows are a multiple of this
+_SPARE = 8  # one part in so many is added to a load for which room is made beforehand
+_MOST_PARTS, _PART_COST = 3, 256  # of a padded room; what a part more must save, in rows
 
 
 class Routing(NamedTuple):
@@ -45,14 +47,60 @@ class Routing(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Room:
+    """Rows for every expert, in parts: (the experts of a part, the rows of each)."""
+
+    parts: tuple[tuple[tuple[int, ...], int], ...]
+    experts: int
+
+    @classmethod
+    def exact(cls, loads: Sequence[int]) -> "Room":
+        """A part for each expert that gets any copies."""
+        return cls(tuple(((e,), load) for e, load in enumerate(loads) if load), len(loads))
+
+    @classmethod
+    def whole(cls, experts: int, tokens: int) -> "Room":
+        """Enough for whatever the routing is, since an expert gets a token once."""
+        return cls(((tuple(range(experts)), tokens),), experts)
+
+    @classmethod
+    def padded(cls, loads: Sequence[int], tokens: int, *, spare: bool = False) -> "Room":
+        """A few parts that hold these loads, with the fewest rows; `spare`: and an eighth more."""
+        experts = sorted(range(len(loads)), key=lambda e: (-loads[e], e))
+        wanted = [load + load // _SPARE * spare for load in (loads[e] for e in experts)]
+        rows = [min(-(-max(load, 1) // _ROUND) * _ROUND, tokens) for load in wanted]
+        cuts = min(
+            (c for n in range(_MOST_PARTS) for c in itertools.combinations(range(1, len(rows)), n)),
+            key=lambda c: sum((b - a) * rows[a] + _PART_COST for a, b in itertools.pairwise((0, *c, len(rows)))),
+        )
+        edges = itertools.pairwise((0, *cuts, len(rows)))
+        return cls(tuple((tuple(sorted(experts[a:b])), rows[a]) for a, b in edges), len(loads))
+
+    @property
+    def rows(self) -> int:
+        """Of all experts together, N."""
+        return sum(len(experts) * rows for experts, rows in self.parts)
+
+    def of_each(self) -> tuple[list[int], list[int]]:
+        """Each expert's first row and how many rows it has."""
+        start, size, first = [0] * self.experts, [0] * self.experts, 0
+        for experts, rows in self.parts:
+            for e in experts:
+                start[e], size[e] = first, rows
+                first += rows
+        return start, size
+
+    def holds(self, loads: Sequence[int]) -> bool:
+        return all(load <= size for load, size in zip(loads, self.of_each()[1], strict=True))
+
+
+@dataclass(frozen=True)
 class Places:
-    """Where token copies lie while experts work on them. `groups` as `grouped_matmul` takes it; `capacity`: rows of an
-    expert if they are padded, else 0; `copy_N`, `token_N`: the copy and the token in each row, -1 in padding; `row_Mk`:
-    the row of each copy.
+    """Where token copies lie while experts work on them: `copy_N`, `token_N`: the copy and the token in each row, -1 in
+    padding; `row_Mk`: the row of each copy.
     """
 
-    groups: Groups
-    capacity: int
+    room: Room
     copy_N: mx.array
     token_N: mx.array
     row_Mk: mx.array
@@ -112,65 +160,52 @@ def _route_reference(logits_ME: mx.array, k: int) -> tuple[mx.array, ...]:
     return gate_Mk, expert_Mk, rank_Mk, order_S, mine_SE.sum(axis=0)
 
 
-def even_capacity(tokens: int, k: int, experts: int) -> int:
-    """A capacity that holds loads up to a quarter above the mean."""
-    return -(-max(1, tokens * k * 5) // (4 * experts * ROUND)) * ROUND
-
-
-def wanted_capacity(largest: int, tokens: int, k: int, experts: int) -> int:
-    """The capacity that holds a load of `largest` with a little to spare, or 0 where that would pad too much."""
-    capacity = -(-largest * 17 // (16 * ROUND)) * ROUND
-    return capacity if experts * capacity <= _MOST_PADDING * tokens * k else 0
-
-
-def places(routing: Routing, *, capacity: int | None = None, padded: bool | None = None) -> Places:
-    """The arrangement for these copies. `capacity`: padded to so many rows an expert, at least as many as the busiest
-    has, which is not checked here. Without it waits for the routing; then `padded` says which arrangement, by default
-    the faster.
-    """
-    copies, (experts,) = routing.order_S.size, routing.size_E.shape
-    if capacity:
-        return Places([], capacity, *_places(routing, capacity))
-    try:
-        evaluate([routing.size_E], "")
-    except TracedError:
-        return Places(routing.expert_Mk.reshape(-1)[routing.order_S], 0, *_places(routing, 0))
-    sizes = np.array(routing.size_E).tolist()
-    capacity = -(-max(sizes) // ROUND) * ROUND
-    if padded is None:
-        padded = gpu_geometry() and 0 < experts * capacity <= _MOST_PADDING * copies
-    capacity = capacity if padded else 0
-    return Places(sizes, capacity, *_places(routing, capacity))
-
-
-def _places(routing: Routing, capacity: int) -> list[mx.array]:
-    """copy_N, token_N and row_Mk (see `Places`)."""
+def places(routing: Routing, room: Room | None = None) -> Places:
+    """The rows for these copies in `room`, which must hold them; without one, waits for the routing and makes it."""
     (tokens, k), (experts,) = routing.expert_Mk.shape, routing.size_E.shape
-    copies, wide = tokens * k, experts * capacity or tokens * k
+    if room is None:
+        try:
+            evaluate([routing.size_E], "")
+        except TracedError:
+            room = Room.whole(experts, tokens)
+        else:
+            loads = np.array(routing.size_E).tolist()
+            room = Room.padded(loads, tokens) if gpu_geometry() else Room.exact(loads)
+    copies, wide = tokens * k, room.rows
     if not copies or plain(*routing[1:]):
-        return _places_reference(routing, capacity)
+        return Places(room, *_places_reference(routing, room))
     threads = -(-max(copies, wide) // _THREADS) * _THREADS
     copy_N, token_N, place_S = _PLACES(
-        [routing.expert_Mk.reshape(-1), routing.rank_Mk.reshape(-1), routing.order_S, routing.size_E],
-        template={"EXPERTS": experts, "CAPACITY": capacity, "K": k},
+        [routing.expert_Mk.reshape(-1), routing.rank_Mk.reshape(-1), routing.order_S, routing.size_E, *_layout(room)],
+        template={"EXPERTS": experts, "K": k},
         grid=(threads, 1, 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[(wide,), (wide,), (copies,)],
         output_dtypes=[mx.int32] * 3,
     )
-    return [copy_N, token_N, place_S.reshape(tokens, k)]
+    return Places(room, copy_N, token_N, place_S.reshape(tokens, k))
 
 
-def _places_reference(routing: Routing, capacity: int) -> list[mx.array]:
+@functools.lru_cache(maxsize=1024)
+def _layout(room: Room) -> tuple[mx.array, mx.array]:
+    """`Room.of_each` as arrays and not as constants of the kernel, which would be compiled anew for each."""
+    start, size = room.of_each()
+    return constant(start, mx.int32), constant(size, mx.int32)
+
+
+def _places_reference(routing: Routing, room: Room) -> list[mx.array]:
     first_E = mx.cumsum(routing.size_E) - routing.size_E
-    copy_N, start_E, rank_Mk = routing.order_S, first_E, routing.rank_Mk
-    if capacity:
-        slot_C = mx.arange(capacity)
-        copy_EC = routing.order_S[mx.minimum(first_E[:, None] + slot_C, routing.order_S.size - 1)]
-        copy_N = mx.where(slot_C < routing.size_E[:, None], copy_EC, -1).reshape(-1)
-        start_E = mx.arange(routing.size_E.size) * capacity
-        rank_Mk = mx.minimum(rank_Mk, capacity - 1)  # beyond it: a place that is there, for what will not be used
+    last = max(0, routing.order_S.size - 1)
+    copies = [mx.zeros((0,), mx.int32)]
+    for experts, rows in room.parts:
+        which, slot_C = mx.array(experts), mx.arange(rows)
+        copy_nC = routing.order_S[mx.minimum(first_E[which][:, None] + slot_C, last)]
+        copies.append(mx.where(slot_C < routing.size_E[which][:, None], copy_nC, -1).reshape(-1))
+    copy_N = mx.concatenate(copies)
     token_N = mx.where(copy_N < 0, -1, copy_N // routing.expert_Mk.shape[1])
+    start_E, size_E = (mx.array(values, dtype=mx.int32) for values in room.of_each())
+    # A copy for which there is no room gets a row that is there: what is computed then will not be used.
+    rank_Mk = mx.minimum(routing.rank_Mk, size_E[routing.expert_Mk] - 1)
     return [copy_N, token_N, start_E[routing.expert_Mk] + rank_Mk]
 
 
@@ -187,7 +222,7 @@ def rows(src_RD: mx.array, index_NJ: mx.array, scale_NJ: mx.array | None = None)
     if pack > 1:
         grid = (-(-(count * width // pack) // _THREADS) * _THREADS, 1, 1)
     return _ROWS(
-        [src_RD, index_NJ.astype(mx.int32), no_scale() if scale_NJ is None else scale_NJ],
+        [src_RD, index_NJ.astype(mx.int32), _no_scale() if scale_NJ is None else scale_NJ],
         template={"T": src_RD.dtype, "J": picks, "SCALED": scale_NJ is not None, "CPT": 1, "V": pack},
         grid=grid,
         threadgroup=(_THREADS, 1, 1),
@@ -199,19 +234,6 @@ def rows(src_RD: mx.array, index_NJ: mx.array, scale_NJ: mx.array | None = None)
 
 
 @functools.cache
-def no_scale() -> mx.array:
+def _no_scale() -> mx.array:
     """Stands in for factors that are not used."""
-    return resident(mx.array([0.0] * 8))
-
-
-def spread(u_MD: mx.array, at: Places) -> mx.array:
-    """Each row's token: [N, D], or [E, C, D] if rows are padded, zero in padding. No gradient of its own."""
-    x_ND = rows(u_MD, at.token_N[:, None])
-    return x_ND if not at.capacity else x_ND.reshape(-1, at.capacity, x_ND.shape[1])
-
-
-def gather(y: mx.array, at: Places, gate_Mk: mx.array | None = None) -> mx.array:
-    """For each token the sum of its copies' rows, weighted by the gates where they are given: [M, D]. No gradient of
-    its own.
-    """
-    return rows(y.reshape(-1, y.shape[-1]), at.row_Mk, gate_Mk)
+    return constant([0.0] * 8, mx.float32)

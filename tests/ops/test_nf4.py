@@ -172,6 +172,7 @@ def test_a_stack_is_its_matrices(shape: tuple[int, int], dtype: mx.Dtype, dialec
     for e, tensor in enumerate(tensors):
         np.testing.assert_array_equal(whole[e], as_numpy(tensor.dequantize(dtype)))
         np.testing.assert_array_equal(as_numpy(stack[e].dequantize(dtype)), whole[e])
+    np.testing.assert_array_equal(as_numpy(stack.dequantize(dtype, which=(2, 0))), whole[[2, 0]])
     with pytest.raises(ValueError, match="one shape"):
         nf4.NF4Stack.of([tensors[0], nf4.quantize(mx.ones((64, 128)))])
 
