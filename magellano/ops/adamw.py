@@ -198,8 +198,8 @@ class _Plan(NamedTuple):
     kernel: Kernel
     template: Template
     threads: int
-    shapes: list[tuple[int, ...]]
-    dtypes: list[mx.Dtype]
+    shapes: Sequence[tuple[int, ...]]
+    dtypes: Sequence[mx.Dtype]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -212,14 +212,13 @@ def _plan(size: int, weight: mx.Dtype, gradient: mx.Dtype, state: mx.Dtype, amsg
         kernel, threads, template = _SIMD8, size // (8 * packs), {**template, "TG": gradient, "PACKS": packs}
     else:
         template = {**template, "EPT": 1}
-    shapes: list[tuple[int, ...]] = [(size,)] * 3 + [(size,) if amsgrad else (8,)]
-    return _Plan(kernel, template, threads, shapes, [weight, *[state] * 3])
+    return _Plan(kernel, template, threads, [(size,)] * 3 + [(size,) if amsgrad else (8,)], [weight, *[state] * 3])
 
 
 def _kernel(w: mx.array, g: mx.array, moments: Moments, step: Numbers, in_place: bool) -> tuple[mx.array, Moments]:
     old = (moments.m, moments.s) if moments.peak is None else (moments.m, moments.s, moments.peak)
     plan = _plan(w.size, w.dtype, g.dtype, old[0].dtype, len(old) == 3, gpu_geometry())
-    flat = [_flat(a) for a in (w, g, *old)]
+    flat = [a if a.ndim == 1 else a.reshape(-1) for a in (w, g, *old)]
     peak = [] if len(old) == 3 else [_no_peak(old[0].dtype)]
     made = plan.kernel(
         [*flat, *peak, *step],
@@ -234,7 +233,3 @@ def _kernel(w: mx.array, g: mx.array, moments: Moments, step: Numbers, in_place:
     )
     new_w, *states = (a if w.ndim == 1 else a.reshape(w.shape) for a in made[: 1 + len(old)])
     return new_w, Moments(*states)
-
-
-def _flat(a: mx.array) -> mx.array:
-    return a if a.ndim == 1 else a.reshape(-1)
