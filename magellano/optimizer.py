@@ -36,7 +36,9 @@ class _Group:
     flat: mx.array | None = None
 
     def weights(self, current: Mapping[str, mx.array]) -> mx.array:
-        """The parameters as one flat tensor; joined anew only if one isn't the very array that was handed out last."""
+        """The parameters as one flat tensor; joined anew only if one isn't the very object that was handed out last
+        (nn.value_and_grad puts new ones into a model).
+        """
         now = [current[name] for name in self.names]
         if self.flat is not None and all(a is b for a, b in zip(now, self.given, strict=True)):
             return self.flat
