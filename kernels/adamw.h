@@ -20,12 +20,13 @@
 struct AdamWStep { float keep, rate, c2, a, b, eps, factor; };
 struct AdamW { float w, m, s, peak; };
 
-// x >= 0 to one of its two float16 neighbours, the upper one with the probability that keeps the mean, without a conversion or a
-// division, which are slow: random bits are added below the mantissa that stays, and cut off. What is below 2^-14 has the spacing
-// of [2^-14, 2^-13), so it makes a detour there.
-inline float k_round_half(float x, uint random) {
-  const float low = x < 65504.0f ? x : 65504.0f, detour = low < 6.1035156e-5f ? 6.1035156e-5f : 0.0f;
-  return k_u2f((k_f2u(low + detour) + (random >> 19)) & 0xffffe000u) - detour;
+// x >= 0 as the bits of one of its two float16 neighbours, the upper one with the probability that keeps the mean, without a
+// conversion or a division, which are slow: random bits are added below the mantissa that stays, and cut off. What is below 2^-14 has
+// the spacing of [2^-14, 2^-13), so it makes a detour there. What is taken off last is the difference of the two formats' exponents.
+inline uint k_round_half(float x, uint random) {
+  const float low = x < 65504.0f ? x : 65504.0f;
+  const bool tiny = low < 6.1035156e-5f;
+  return ((k_f2u(low + (tiny ? 6.1035156e-5f : 0.0f)) + (random >> 19)) >> 13) - (tiny ? 0x1c400u : 0x1c000u);
 }
 
 inline float k_saturate(float x) {

@@ -49,8 +49,8 @@
       const uint random = k_random((uint)((first + p * stride) * 8 + k), salt, phase);
       ST(TW, next_w8[p].v, k, r.w);
       ST(TS, next_m8[p].v, k, k_saturate(r.m));
-      ST(TS, next_s8[p].v, k, k_round_half(r.s, random));
-      if (AMSGRAD) ST(TS, next_peak8[p].v, k, k_round_half(r.peak, random));
+      ST_HALF_BITS(next_s8[p].v, k, k_round_half(r.s, random));
+      if (AMSGRAD) ST_HALF_BITS(next_peak8[p].v, k, k_round_half(r.peak, random));
     }
   }
   REGS for (int p = 0; p < PACKS; ++p) {

@@ -20,6 +20,6 @@
     const uint random = k_random((uint)i, salt, phase);
     ST(TW, new_w, i, r.w);
     ST(TS, new_m, i, k_saturate(r.m));
-    ST(TS, new_s, i, k_round_half(r.s, random));
-    if (AMSGRAD) ST(TS, new_peak, AMSGRAD ? i : 0, k_round_half(r.peak, random));
+    ST_HALF_BITS(new_s, i, k_round_half(r.s, random));
+    if (AMSGRAD) ST_HALF_BITS(new_peak, AMSGRAD ? i : 0, k_round_half(r.peak, random));
   }

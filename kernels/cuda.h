@@ -12,6 +12,7 @@ typedef __nv_bfloat16 bfloat16_t;
 #define SIMD_W 32
 #define LD(p, i) float((p)[i])
 #define ST(T, p, i, v) (p)[i] = static_cast<T>(v)
+#define ST_HALF_BITS(p, i, bits) (p)[i] = __ushort_as_half(static_cast<ushort>(bits))
 #define LANES
 #define LANES_SUM(a)
 #define LANES_SUM2(a, b)
