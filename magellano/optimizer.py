@@ -88,7 +88,7 @@ class AdamW:
         self._kinds: list[Any] = []  # what the groups were made for
         self._settings: Any = None  # with what
         self._alone = True  # nobody else holds the groups' states
-        self._window: tuple[Any, range, mx.array] | None = None  # what it was made from, its steps, a row for each
+        self._window: tuple[Any, range, list[mx.array]] | None = None  # what it was made from, its steps, theirs
 
     @property
     def state(self) -> dict[str, mx.array]:
@@ -156,15 +156,15 @@ class AdamW:
         self._step -= 1
 
     def _now(self, learning_rate: float | mx.array | None) -> mx.array:
-        """The numbers of step `self._step` (see op.now_table): a row of a table made for many steps."""
+        """The numbers of step `self._step`, made for many steps at once (see op.now_numbers)."""
         if learning_rate is not None:
-            return op.now_numbers(self._step, learning_rate, self.betas)
+            return op.now_of(self._step, learning_rate, self.betas)
         made_from = (self.learning_rate, self.betas)
         if self._window is None or self._window[0] != made_from or self._step not in self._window[1]:
             steps = range(self._step, self._step + _WINDOW)
             lr = self.learning_rate
             rates = [lr(t - 1) for t in steps] if callable(lr) else [lr] * _WINDOW
-            self._window = made_from, steps, op.now_table(self._step, rates, self.betas)
+            self._window = made_from, steps, op.now_numbers(self._step, rates, self.betas)
         return self._window[2][self._step - self._window[1].start]
 
     @property

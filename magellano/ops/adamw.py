@@ -81,13 +81,13 @@ class Step:
     def numbers(self) -> Numbers:
         """On the device, by a fresh upload: for a single step."""
         own = own_numbers((self.beta1, self.beta2), self.eps, self.weight_decay, self.salt)
-        return Numbers(now_numbers(self.step, self.lr, (self.beta1, self.beta2)), own, factor_numbers(self.factor))
+        return Numbers(now_of(self.step, self.lr, (self.beta1, self.beta2)), own, factor_numbers(self.factor))
 
 
-def now_table(first: int, rates: Sequence[float], betas: tuple[float, float]) -> mx.array:
-    """float32 [len(rates), 8], a row for each step from `first` (from 1) on: the learning rate, c1, c2, the bits of the
-    phase, which is step times the golden ratio as a fraction of 2^32; the rest is 0. A row is a view that costs no
-    launch. The corrections by expm1: 1 - b^t loses digits early on.
+def now_numbers(first: int, rates: Sequence[float], betas: tuple[float, float]) -> list[mx.array]:
+    """For each step from `first` (from 1) on, float32 [8]: the learning rate, c1, c2, the bits of the phase, which is
+    step times the golden ratio as a fraction of 2^32; the rest is 0. All are views of one upload: taking one costs no
+    launch, where table[i] would be a gather. The corrections by expm1: 1 - b^t loses digits early on.
     """
     table = np.zeros((len(rates), 8), np.float32)
     table[:, 0] = rates
@@ -95,14 +95,14 @@ def now_table(first: int, rates: Sequence[float], betas: tuple[float, float]) ->
     for row, t in zip(table, range(first, first + len(rates)), strict=True):
         row[1:3] = -1.0 / math.expm1(t * logs[0]), 1.0 / math.sqrt(-math.expm1(t * logs[1]))
         row[3:4].view(np.uint32)[:] = t * _GOLDEN & _UINT32
-    return _on_device(table)
+    return list(mx.split(_on_device(table.reshape(-1)), len(rates)))
 
 
-def now_numbers(step: int, lr: float | mx.array, betas: tuple[float, float]) -> mx.array:
-    """A single row of `now_table`; lr may be an array of one element, which is never waited for."""
+def now_of(step: int, lr: float | mx.array, betas: tuple[float, float]) -> mx.array:
+    """`now_numbers` of one step; lr may be an array of one element, which is never waited for."""
     if not isinstance(lr, mx.array):
-        return now_table(step, [lr], betas)[0]
-    return now_table(step, [0.0], betas)[0] + mx.pad(lr.astype(mx.float32).reshape(1), (0, 7))
+        return now_numbers(step, [lr], betas)[0]
+    return mx.concatenate([lr.astype(mx.float32).reshape(1), now_numbers(step, [0.0], betas)[0][1:]])
 
 
 def own_numbers(betas: tuple[float, float], eps: float, weight_decay: float, salt: int) -> mx.array:

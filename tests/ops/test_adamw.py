@@ -121,6 +121,12 @@ def test_numbers_on_the_device_are_those_given_as_floats(dialect: str) -> None:
     np.testing.assert_allclose(adamw(w, g, moments, step)[0], as_floats, rtol=1e-7)
 
 
+def test_the_numbers_of_many_steps_lie_in_one_array() -> None:
+    rows = module.now_numbers(1, [0.1] * 3, (B1, B2))
+    addresses = [np.array(row, copy=False).ctypes.data for row in rows]
+    assert addresses == [addresses[0], addresses[0] + 32, addresses[0] + 64]
+
+
 def test_stochastic_rounding_keeps_the_mean(dialect: str) -> None:
     size = 1 << 15
     moments = Moments(mx.zeros((size,), mx.float16), mx.full((size,), 0.1 * SCALE).astype(mx.float16))
