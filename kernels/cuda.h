@@ -12,6 +12,7 @@ typedef __nv_bfloat16 bfloat16_t;
 #define SIMD_W 32
 #define LD(p, i) float((p)[i])
 #define ST(T, p, i, v) (p)[i] = static_cast<T>(v)
+#define ST_HALF_BITS(p, i, bits) (p)[i] = __ushort_as_half(static_cast<ushort>(bits))
 #define LANES
 #define LANES_SUM(a)
 #define LANES_SUM2(a, b)
@@ -42,7 +43,7 @@ __device__ __forceinline__ k_uint3 k_u3(unsigned x, unsigned y, unsigned z) { k_
 __device__ __forceinline__ float k_simd_sum(float v) { for (int o = 16; o > 0; o >>= 1) v += SIMD_XOR(v, o); return v; }
 __device__ __forceinline__ float k_simd_max(float v) { for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, SIMD_XOR(v, o)); return v; }
 __device__ __forceinline__ float fexp2(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
-__device__ __forceinline__ float frcp(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ float frcp(float x) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 __device__ __forceinline__ unsigned k_f2u(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float k_u2f(unsigned x) { return __uint_as_float(x); }
 __device__ __forceinline__ float k_sqrt_fast(float x) { float r; asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }

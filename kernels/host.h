@@ -65,6 +65,7 @@ template <class V> static inline float k_ld(const V* p, size_t i) { return (floa
 template <class V> static inline void k_st(V* p, size_t i, float v) { p[i] = (V)v; }
 #define LD(p, i) k_ld(p, i)
 #define ST(T, p, i, v) k_st(p, i, v)
+#define ST_HALF_BITS(p, i, bits) (p)[i].u = (uint16_t)(bits)
 
 // 2^x to 2e-7 relative; below 2^-126 it stays at 2^-126.
 static inline float fexp2(float x) {

@@ -2,6 +2,7 @@
 #define SIMD_W 32
 #define LD(p, i) float((p)[i])
 #define ST(T, p, i, v) (p)[i] = static_cast<T>(v)
+#define ST_HALF_BITS(p, i, bits) (p)[i] = as_type<half>(ushort(bits))
 #define LANES
 #define LANES_SUM(a)
 #define LANES_SUM2(a, b)
