@@ -12,7 +12,8 @@ from magellano.linear import Embedding, Weight, array
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE
 from magellano.names import LayerKind
-from magellano.ops import linear_cross_entropy, token_scores
+from magellano.ops import token_scores
+from magellano.ops.cross_entropy import Renyi, objective_and_nll
 from magellano.profile import ModelConfig
 from magellano.recompute import recomputed
 
@@ -103,14 +104,25 @@ class MagellanoLM(nn.Module):
         return self.backbone.norm_f(h_BTD), losses
 
     def loss_sum(
-        self, tokens_BT: mx.array, targets_BT: mx.array, weights_BT: mx.array, reset_BT: mx.array, chunk: int
-    ) -> tuple[mx.array, mx.array]:
-        """Sum of weight * -log p(target) in nats, and the routers' losses [2]; `chunk` rows of logits at once."""
+        self,
+        tokens_BT: mx.array,
+        targets_BT: mx.array,
+        weights_BT: mx.array,
+        reset_BT: mx.array,
+        chunk: int,
+        renyi: Renyi | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The sum to minimise, which is that of weight * -log p(target), with `renyi` less its entropy term; the sum of
+        weight * -log p(target), without gradient; both in nats; and the routers' losses [2]. `chunk` rows of logits at
+        once.
+        """
         h_BTD, losses = self.hidden(tokens_BT, reset_BT)
         x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
-        return linear_cross_entropy(
-            x_MD, w, targets_BT.reshape(-1), weights_BT.reshape(-1), u_Mr, b_Vr, chunk, frozen=u_Mr is not None
-        ), losses
+        objective, nll = objective_and_nll(
+            x_MD, w, targets_BT.reshape(-1), weights_BT.reshape(-1), u_Mr, b_Vr, chunk,
+            frozen=u_Mr is not None, renyi=renyi,
+        )  # fmt: skip
+        return objective, nll, losses
 
     def scores(
         self, tokens_BT: mx.array, targets_BT: mx.array, reset_BT: mx.array, chunk: int = 512

@@ -21,8 +21,9 @@ from magellano.errors import Stopped
 from magellano.layout import parameters
 from magellano.model import MagellanoLM
 from magellano.names import METRICS, Compute
+from magellano.ops.cross_entropy import Renyi
 from magellano.optimizer import AdamW, cosine_with_warmup, global_norm
-from magellano.profile import TrainConfig
+from magellano.profile import LossConfig, TrainConfig
 from magellano.progress import Progress
 from magellano.signals import StopRequest
 
@@ -50,7 +51,9 @@ class LossScale:
 
 @dataclass
 class Metrics:
-    """One line of metrics.jsonl. loss: nats a target token; norm: before clipping; skipped: gradient not finite."""
+    """One line of metrics.jsonl. loss: plain cross-entropy in nats a target token, whatever is minimised; norm: before
+    clipping; skipped: gradient not finite.
+    """
 
     step: int
     loss: float
@@ -64,10 +67,11 @@ class Metrics:
 
 
 class Trainer:
-    """Trains what is trainable in `model` on the split `train` of a tokens folder."""
+    """Trains what is trainable in `model` on the split `train` of a tokens folder, by default for cross-entropy."""
 
-    def __init__(self, model: MagellanoLM, config: TrainConfig, tokens: Path):
+    def __init__(self, model: MagellanoLM, config: TrainConfig, tokens: Path, loss: LossConfig | None = None):
         self.model, self.config = model, config
+        self.renyi = Renyi(loss.alpha, loss.beta) if loss and loss.has_entropy else None
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
         model.checkpointing = True
@@ -86,8 +90,8 @@ class Trainer:
     def _loss(self, batch: shards.Batch, total: float, scale: float) -> tuple[mx.array, mx.array]:
         tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
         weights, reset = mx.array(batch.weights), mx.array(batch.reset)
-        nll, routers = self.model.loss_sum(tokens, targets, weights, reset, self.config.loss_chunk)
-        objective = nll / total
+        loss, nll, routers = self.model.loss_sum(tokens, targets, weights, reset, self.config.loss_chunk, self.renyi)
+        objective = loss / total
         if self.routers:
             c = self.config
             objective = objective + (c.balance_loss * routers[0] + c.router_z_loss * routers[1]) / c.accumulate
