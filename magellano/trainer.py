@@ -115,7 +115,7 @@ class Trainer:
         if finite:
             factor = c.clip_norm / max(norm, c.clip_norm) / self.scale.value  # clipping and unscaling in the same pass
             self.optimizer.update(self.model, grads, lr, factor)
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+            self.optimizer.evaluate(self.model.trainable_parameters())
         self.scale.update(finite)
         self.step += 1
         self.tokens += int(total)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from magellano import lora, nf4, state
-from magellano.backend import mx
+from magellano.backend import mx, on_gpu
 from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import ParamSpec
 from magellano.linear import Weight
 from magellano.model import MagellanoLM, seeded
 from magellano.names import Compute, StateDtype
+from magellano.ops import host
 from magellano.profile import LoraConfig, LossConfig, ModelConfig, TrainConfig
 from magellano.trainer import Trainer, run_to_end
 
@@ -140,6 +141,28 @@ def test_the_last_two_checkpoints_stay(tokens: Path, tmp_path: Path) -> None:
         trainer.one_step()
         trainer.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "tokens") == ["step-000000003", "step-000000004"]
+
+
+@pytest.mark.skipif(on_gpu(), reason="GPUs allocate cheaply")
+def test_steps_write_over_the_states_until_somebody_reads_them(tokens: Path) -> None:
+    trainer = adapter_trainer(tokens)
+
+    def places() -> list[int]:
+        moments = [group.moments for group in trainer.optimizer._groups]
+        return [host.view(a).ctypes.data for m in moments for a in (m.m, m.s)]
+
+    trainer.one_step()
+    first = places()
+    for _ in range(3):
+        trainer.one_step()
+        assert places() == first
+    read = trainer.optimizer.state
+    before = {name: np.array(a) for name, a in read.items()}
+    trainer.one_step()
+    assert not set(places()) & set(first)
+    for name, value in before.items():
+        np.testing.assert_array_equal(read[name], value, name)
+        assert (np.array(trainer.optimizer.state[name]) != value).any(), name
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_halves_the_scale(tokens: Path) -> None:
