@@ -21,6 +21,7 @@ from magellano.backend import mx, nn, on_gpu, tree_flatten
 from magellano.layout import parameters
 from magellano.model import Layer, MagellanoLM
 from magellano.names import LayerKind
+from magellano.ops.cross_entropy import Renyi
 from magellano.ops.launch import Dialect, dialect
 from magellano.ops.moe import Room
 
@@ -39,8 +40,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """nll: sum of weight * -log p(target), nats; routers: sums of the routers' losses, float32 [2]; gradients by name.
-    All may still be under way.
+    """nll: sum of weight * -log p(target), nats, whatever the objective; routers: sums of the routers' losses, float32
+    [2]; gradients by name. All may still be under way.
     """
 
     nll: mx.array
@@ -89,8 +90,8 @@ class Backprop:
     a batch so far. Reads which parameters train when it is made.
     """
 
-    def __init__(self, model: MagellanoLM):
-        self.model = model
+    def __init__(self, model: MagellanoLM, renyi: Renyi | None = None):
+        self.model, self.renyi = model, renyi
         self.loads: dict[int, list[int]] = {}
         self._rooms: dict[int, Room] = {}
         self._tokens = 0  # of the batches that the rooms are for
@@ -103,7 +104,7 @@ class Backprop:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, batch: Batch, factor: float, router_factors: tuple[float, float] | None = None) -> Outcome:
-        """The gradient of factor * nll, plus the routers' losses (load balance, z) times their factors if given."""
+        """The gradient of factor * objective plus the routers' losses, load balance and z, times their factors."""
         scale = mx.array([factor] * 4)
         down = None if router_factors is None else mx.array([*router_factors, 0.0, 0.0])
         self._make_rooms(batch)
@@ -191,19 +192,20 @@ class Backprop:
     def _loss(
         self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, scale: mx.array, *values: mx.array
     ) -> list[mx.array]:
-        """nll, and the gradients of scale[0] * nll in h, the final norm and the head."""
+        """nll, and the gradients of the objective times scale's first element in h, the final norm and the head."""
         model, split = self.model, len(self._norm.names)
 
-        def nll(h_BTD: mx.array, *values: mx.array) -> mx.array:
-            def head() -> mx.array:
-                return model.nll(self._norm.call(model.backbone.norm_f, values[:split], h_BTD), targets_BT, weights_BT)
-
-            loss: mx.array = self._embeddings.call(head, values[split:])
-            return loss
+        def objective(h_BTD: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
+            h_BTD = self._norm.call(model.backbone.norm_f, values[:split], h_BTD)
+            both: tuple[mx.array, mx.array] = self._embeddings.call(
+                model.objective, values[split:], h_BTD, targets_BT, weights_BT, self.renyi
+            )
+            return both
 
         narrow = [*values[:split], *self._embeddings.narrow(values[split:], model.compute)]
-        (found,), gradients = mx.vjp(nll, [h_BTD, *narrow], [scale[0]])
-        return [found, *gradients]
+        down = mx.split(scale, scale.size)[0].reshape(())
+        (_, nll), gradients = mx.vjp(objective, [h_BTD, *narrow], [down, mx.zeros_like(down)])
+        return [nll, *gradients]
 
     def _make_rooms(self, batch: Batch) -> None:
         """Rooms for batches of this size, from the loads of a pass that waits for each layer's routing."""

@@ -12,7 +12,8 @@ from magellano.linear import Embedding, Weight, array
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE, RouterState
 from magellano.names import LayerKind
-from magellano.ops import linear_cross_entropy, token_scores
+from magellano.ops import token_scores
+from magellano.ops.cross_entropy import Renyi, objective_and_nll
 from magellano.ops.moe import Room
 from magellano.profile import ModelConfig
 
@@ -104,11 +105,17 @@ class MagellanoLM(nn.Module):
             h_BTD, _ = layer(h_BTD, reset_BT)
         return self.backbone.norm_f(h_BTD)
 
-    def nll(self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array) -> mx.array:
-        """Sum of weight * -log p(target) in nats, from the final hidden states."""
+    def objective(
+        self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, renyi: Renyi | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """From the final hidden states the sum to minimise, that of weight * -log p(target), with `renyi` less its
+        entropy term; and the sum of weight * -log p(target), without gradient; in nats.
+        """
         x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
-        targets_M, weights_M = targets_BT.reshape(-1), weights_BT.reshape(-1)
-        return linear_cross_entropy(x_MD, w, targets_M, weights_M, u_Mr, b_Vr, self.chunk, frozen=u_Mr is not None)
+        return objective_and_nll(
+            x_MD, w, targets_BT.reshape(-1), weights_BT.reshape(-1), u_Mr, b_Vr, self.chunk,
+            frozen=u_Mr is not None, renyi=renyi,
+        )  # fmt: skip
 
     def scores(
         self, tokens_BT: mx.array, targets_BT: mx.array, reset_BT: mx.array, chunk: int = 512

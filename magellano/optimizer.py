@@ -64,7 +64,8 @@ class AdamW:
 
     `state` is one flat dict: "step", and for each parameter NAME.m, NAME.s and, with AMSGrad, NAME.peak; it can be set
     from any tree that flattens to these names. Until it is read the optimiser is its states' only owner, and on a CPU
-    it writes over them; so read it to save it, not at every step. Not for mx.compile: steps are counted here.
+    it writes over them; so read it to save it, and after a step call `evaluate`. Not for mx.compile: steps are counted
+    here.
     """
 
     def __init__(
@@ -104,6 +105,11 @@ class AdamW:
     def step(self) -> mx.array:
         """Steps taken, uint32."""
         return mx.array(self._step, dtype=mx.uint32)
+
+    def evaluate(self, *others: Any) -> None:
+        """mx.eval of the states, which stay in the optimiser's hands, and of the trees `others`."""
+        moments = [getattr(group.moments, part) for group in self._groups for part in self._parts]
+        mx.eval(*others, self._loose, moments)
 
     def init(self, parameters: Any) -> None:
         """Zero states for every array of the tree `parameters`."""

@@ -22,8 +22,9 @@ from magellano.errors import Stopped
 from magellano.layout import parameters
 from magellano.model import MagellanoLM
 from magellano.names import METRICS, Compute
+from magellano.ops.cross_entropy import Renyi
 from magellano.optimizer import AdamW, cosine_with_warmup, global_norm
-from magellano.profile import TrainConfig
+from magellano.profile import LossConfig, TrainConfig
 from magellano.progress import Progress
 from magellano.signals import StopRequest
 
@@ -51,7 +52,9 @@ class LossScale:
 
 @dataclass
 class Metrics:
-    """One line of metrics.jsonl. loss: nats a target token; norm: before clipping; skipped: gradient not finite."""
+    """One line of metrics.jsonl. loss: plain cross-entropy in nats a target token, whatever is minimised; norm: before
+    clipping; skipped: gradient not finite.
+    """
 
     step: int
     loss: float
@@ -65,9 +68,9 @@ class Metrics:
 
 
 class Trainer:
-    """Trains what is trainable in `model` on the split `train` of a tokens folder."""
+    """Trains what is trainable in `model` on the split `train` of a tokens folder, by default for cross-entropy."""
 
-    def __init__(self, model: MagellanoLM, config: TrainConfig, tokens: Path):
+    def __init__(self, model: MagellanoLM, config: TrainConfig, tokens: Path, loss: LossConfig | None = None):
         self.model, self.config = model, config
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
@@ -82,7 +85,7 @@ class Trainer:
         float16 = config.compute is Compute.FLOAT16
         self.scale = LossScale(SCALE_START, dynamic=True) if float16 else LossScale()
         self.step, self.tokens = 0, 0
-        self.backprop = Backprop(model)
+        self.backprop = Backprop(model, Renyi(loss.alpha, loss.beta) if loss and loss.has_entropy else None)
 
     def one_step(self) -> Metrics:
         """Take the next step and return its metrics."""
@@ -105,7 +108,7 @@ class Trainer:
         if finite:
             factor = c.clip_norm / max(norm, c.clip_norm) / self.scale.value  # clipping and unscaling in the same pass
             self.optimizer.update(self.model, tree_unflatten(list(grads.items())), lr, factor)
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+            self.optimizer.evaluate(self.model.trainable_parameters())
         self.scale.update(finite)
         self.step += 1
         self.tokens += int(total)

@@ -92,7 +92,7 @@ def test_gradients_layer_by_layer_are_those_of_the_whole_model(
             h, routed = layer(h, reset)
             if routed is not None and routers is not None:
                 total = total + (mx.array(routers) * routed.losses).sum()
-        return total + 0.3 * model.nll(model.backbone.norm_f(h), targets, weights)
+        return total + 0.3 * model.objective(model.backbone.norm_f(h), targets, weights)[0]
 
     wanted = dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
     found = Backprop(model)(Batch(tokens, targets, weights, reset), 0.3, routers)

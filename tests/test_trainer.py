@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from magellano import lora, nf4, state
-from magellano.backend import mx
+from magellano.backend import mx, on_gpu
 from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import ParamSpec
 from magellano.linear import Weight
 from magellano.model import MagellanoLM, seeded
 from magellano.names import Compute, StateDtype
-from magellano.profile import LoraConfig, ModelConfig, TrainConfig
+from magellano.ops import host
+from magellano.profile import LoraConfig, LossConfig, ModelConfig, TrainConfig
 from magellano.trainer import Trainer, run_to_end
 
 SMALL = ModelConfig(d_model=32, n_layers=4, n_experts=3, d_ff=24, d_state=4, dt_rank=4, vocab_size=300)
@@ -46,7 +47,7 @@ def tokens(tmp_path: Path) -> Path:
     return folder
 
 
-def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG) -> Trainer:
+def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG, loss: LossConfig | None = None) -> Trainer:
     def source(spec: ParamSpec) -> Weight:
         w = seeded(3)(spec)
         if spec.target is None:
@@ -55,7 +56,7 @@ def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG) -> Trainer:
 
     model, settings = MagellanoLM(SMALL, source), LoraConfig(rank=4)
     lora.attach(model, settings, lora.start(SMALL, settings))
-    return Trainer(model, config, tokens)
+    return Trainer(model, config, tokens, loss)
 
 
 def digest(trainer: Trainer) -> str:
@@ -142,6 +143,28 @@ def test_the_last_two_checkpoints_stay(tokens: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "tokens") == ["step-000000003", "step-000000004"]
 
 
+@pytest.mark.skipif(on_gpu(), reason="GPUs allocate cheaply")
+def test_steps_write_over_the_states_until_somebody_reads_them(tokens: Path) -> None:
+    trainer = adapter_trainer(tokens)
+
+    def places() -> list[int]:
+        moments = [group.moments for group in trainer.optimizer._groups]
+        return [host.view(a).ctypes.data for m in moments for a in (m.m, m.s)]
+
+    trainer.one_step()
+    first = places()
+    for _ in range(3):
+        trainer.one_step()
+        assert places() == first
+    read = trainer.optimizer.state
+    before = {name: np.array(a) for name, a in read.items()}
+    trainer.one_step()
+    assert not set(places()) & set(first)
+    for name, value in before.items():
+        np.testing.assert_array_equal(read[name], value, name)
+        assert (np.array(trainer.optimizer.state[name]) != value).any(), name
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_halves_the_scale(tokens: Path) -> None:
     trainer = adapter_trainer(tokens)
     trainer.scale.dynamic, trainer.scale.value = True, 4.0
@@ -175,3 +198,43 @@ def test_an_all_masked_batch_counts_nothing(tokens: Path) -> None:
     assert metrics.loss == 0.0
     assert metrics.grad_norm == 0.0
     assert not metrics.skipped
+
+
+def losses_and_trainer(tokens: Path, loss: LossConfig | None, steps: int = 30) -> tuple[list[float], Trainer]:
+    config = CONFIG.model_copy(update={"steps": steps, "batch": 8, "lr": 2e-2})
+    trainer = adapter_trainer(tokens, config, loss)
+    return [trainer.one_step().loss for _ in range(steps)], trainer
+
+
+def entropies(trainer: Trainer) -> float:
+    """Mean Shannon entropy of the model's predictions on the first training rows, in nats."""
+    batch = trainer.train.batch(np.arange(8))
+    logits = np.array(trainer.model(mx.array(batch.tokens), mx.array(batch.reset)), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return float(-(np.exp(log_p) * log_p).sum(axis=-1).mean())
+
+
+def test_renyi_trains_and_keeps_the_predictions_less_sure(tokens: Path) -> None:
+    """The reported loss is plain cross-entropy: it starts where the plain run's does, and it falls too."""
+    plain, plainly = losses_and_trainer(tokens, LossConfig())
+    losses, trainer = losses_and_trainer(tokens, LossConfig(kind="renyi", alpha=2.0, beta=0.5))
+    assert losses[0] == plain[0]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert digest(trainer) != digest(plainly)
+    assert entropies(trainer) > entropies(plainly) + 0.1
+
+
+def test_renyi_of_weight_0_is_cross_entropy_to_the_bit(tokens: Path) -> None:
+    runs = [losses_and_trainer(tokens, loss, 4) for loss in (None, LossConfig(kind="renyi", beta=0.0), LossConfig())]
+    assert len({tuple(losses) for losses, _ in runs}) == 1
+    assert len({digest(trainer) for _, trainer in runs}) == 1
+
+
+def test_renyi_near_order_1_trains_as_shannon(tokens: Path) -> None:
+    trained = {
+        alpha: losses_and_trainer(tokens, LossConfig(kind="renyi", alpha=alpha, beta=0.5), 10)
+        for alpha in (1.0, 1.0 + 1e-4, 2.0)
+    }
+    shannon, near, far = (np.array(trained[alpha][0]) for alpha in trained)
+    assert np.abs(near - shannon).max() < 1e-3
+    assert np.abs(far - shannon).max() > 1e-2
