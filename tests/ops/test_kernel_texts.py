@@ -21,6 +21,7 @@ from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
 from magellano.ops.moe import places, route
 from magellano.ops.selective_scan import selective_scan
+from magellano.ops.square_sum import PARTS, add_squares
 
 STUB = Path(__file__).with_name("metal_stub.h")
 CUDA_STUB = """#include <cuda_fp16.h>
@@ -129,6 +130,7 @@ def _use_operations(dtype: mx.Dtype) -> None:
     for function in (scan, convolve):
         mx.eval(mx.grad(function, argnums=(0, 1))(ones(1, 9, 8), mx.ones((8, 16))))
     _use_experts_and_loss(dtype)
+    mx.eval(add_squares(mx.zeros((PARTS,)), ones(3, 8)))
     for state in (mx.float32, mx.float16):
         for size in (8 * 256, 9):
             moments = Moments(*(mx.zeros((size,), state) for _ in range(3)))
@@ -158,7 +160,7 @@ def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
     wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "hidden_backward")}
     wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
-    wanted |= {"adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
+    wanted |= {"square_sum", "adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
     assert wanted <= names
 
 
