@@ -138,10 +138,11 @@ class Backprop:
             dh_BTD, squares, *found = self._run(backward, i, *given, *layer.values())
             gradients.update(zip(layer.names, found, strict=True))
         # 4. the embedding, which is the head's too
-        if self._embeddings.names:
-            found = self._run(self._embed_backward, None, batch.tokens, dh_BTD, *self._embeddings.values())
-            for name, more in zip(self._embeddings.names, found, strict=True):
-                gradients[name] = gradients[name] + more.astype(gradients[name].dtype)
+        if names := self._embeddings.names:
+            embeddings, at = self.model.backbone.embeddings, len(EMBEDDINGS) + 1
+            head = {name[at:]: gradients[name] for name in names}
+            found = embeddings.backward(batch.tokens, dh_BTD, head)
+            gradients |= {name: found[name[at:]] for name in names}
         for name in [*self._norm.names, *self._embeddings.names]:
             squares = add_squares(squares, gradients[name])
         routers = mx.stack(losses).sum(axis=0) if losses else mx.zeros((2,))
@@ -165,9 +166,6 @@ class Backprop:
     def _embed(self, tokens_BT: mx.array, *values: mx.array) -> mx.array:
         h_BTD: mx.array = self._embeddings.call(self.model.backbone.embeddings, values, tokens_BT)
         return h_BTD.astype(self.model.compute)
-
-    def _embed_backward(self, tokens_BT: mx.array, dh_BTD: mx.array, *values: mx.array) -> list[mx.array]:
-        return mx.vjp(lambda *v: self._embed(tokens_BT, *v), list(values), [dh_BTD])[1]
 
     def _layer(self, i: int, h_BTD: mx.array, reset_BT: mx.array, *values: mx.array, unread: bool) -> list[mx.array]:
         """The layer's output and, of a MoE layer, its router's losses [2] and token copies per expert [E]."""

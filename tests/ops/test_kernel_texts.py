@@ -14,6 +14,7 @@ import pytest
 from magellano.backend import mx
 from magellano.ops import launch, linear_cross_entropy
 from magellano.ops.adamw import Moments, Step, adamw
+from magellano.ops.add_rows import add_rows
 from magellano.ops.causal_conv import causal_conv
 from magellano.ops.cross_entropy import Renyi
 from magellano.ops.experts import Layer, feed_forward
@@ -130,6 +131,7 @@ def _use_operations(dtype: mx.Dtype) -> None:
     for function in (scan, convolve):
         mx.eval(mx.grad(function, argnums=(0, 1))(ones(1, 9, 8), mx.ones((8, 16))))
     _use_experts_and_loss(dtype)
+    mx.eval(add_rows(ones(5, 8), ones(3, 8), mx.zeros((3,), mx.int32)))
     mx.eval(add_squares(mx.zeros((PARTS,)), ones(3, 8)))
     for state in (mx.float32, mx.float16):
         for size in (8 * 256, 9):
@@ -160,7 +162,7 @@ def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
     wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "hidden_backward")}
     wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
-    wanted |= {"square_sum", "adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
+    wanted |= {"add_rows", "square_sum", "adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
     assert wanted <= names
 
 
