@@ -22,8 +22,17 @@ inline float frcp(float x) { return 1.0f / x; }
 inline float k_sqrt_fast(float x) { return metal::fast::sqrt(x); }
 template <class T, int N> struct k_pack { T v[N]; };  // of T's own alignment, so it may lie anywhere
 #define PACK(T, N) k_pack<T, N>
-#define LD_PACK(T, N, p, i) ((const device k_pack<T, N>*)(p))[i]
+template <class T, int N, class E> inline k_pack<T, N> k_ld_pack(const device E* p, size_t i) { return ((const device k_pack<T, N>*)p)[i]; }
+template <class T, int N, class E> inline k_pack<T, N> k_ld_pack(const constant E* p, size_t i) { return ((const constant k_pack<T, N>*)p)[i]; }
+#define LD_PACK(T, N, p, i) k_ld_pack<T, N>(p, i)  // arrays of fewer than 8 elements lie in `constant`
 #define ST_PACK(T, N, p, i, value) ((device k_pack<T, N>*)(p))[i] = value
 #define PACKABLE(p) true
 inline uint k_f2u(float x) { return as_type<uint>(x); }
 inline float k_u2f(uint x) { return as_type<float>(x); }
+inline uint k_bits(float v) { return as_type<uint>(v); }
+inline uint k_bits(half v) { return as_type<ushort>(v); }
+inline uint k_bits(bfloat v) { return as_type<ushort>(v); }
+template <class T> inline float k_part(uint w, int i) { return float(as_type<T>(ushort(i ? w >> 16 : w & 0xffffu))); }
+template <> inline float k_part<float>(uint w, int) { return as_type<float>(w); }
+#define BITS(p, i) k_bits((p)[i])
+#define LD_BITS(T, word, i) k_part<T>(word, i)

@@ -26,6 +26,7 @@ CUDA_STUB = """#include <cuda_fp16.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
 struct Shape { int32_t sizes[8]; __device__ int32_t operator[](int i) const { return sizes[i]; } };
+struct Strides { int64_t steps[8]; __device__ int64_t operator[](int i) const { return steps[i]; } };
 """
 METAL_TYPES = {
     mx.float32: "float",
@@ -65,6 +66,8 @@ def metal_source(call: Launch) -> str:
         parameters.append(f"const device {_name(dtype, METAL_TYPES)}* {name}")
         if f"{name}_shape" in body:
             parameters.append(f"const constant int* {name}_shape")
+        if f"{name}_strides" in body:
+            parameters.append(f"const constant int64_t* {name}_strides")
     parameters += [
         f"device {_name(d, METAL_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)
     ]
@@ -79,6 +82,8 @@ def cuda_source(call: Launch) -> str:
         parameters.append(f"const {_name(dtype, CUDA_TYPES)}* {name}")
         if f"{name}_shape" in body:
             parameters.append(f"const __grid_constant__ Shape {name}_shape")
+        if f"{name}_strides" in body:
+            parameters.append(f"const __grid_constant__ Strides {name}_strides")
     parameters += [f"{_name(d, CUDA_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)]
     constants = [
         f"using {n} = {_name(v, CUDA_TYPES)};" if isinstance(v, mx.Dtype) else f"constexpr int {n} = {int(v)};"
