@@ -23,8 +23,12 @@ inline float k_sqrt_fast(float x) { return metal::fast::sqrt(x); }
 template <class T, int N> struct k_pack { T v[N]; };  // of T's own alignment, so it may lie anywhere
 #define PACK(T, N) k_pack<T, N>
 template <class T, int N, class E> inline k_pack<T, N> k_ld_pack(const device E* p, size_t i) { return ((const device k_pack<T, N>*)p)[i]; }
-template <class T, int N, class E> inline k_pack<T, N> k_ld_pack(const constant E* p, size_t i) { return ((const constant k_pack<T, N>*)p)[i]; }
-#define LD_PACK(T, N, p, i) k_ld_pack<T, N>(p, i)  // arrays of fewer than 8 elements lie in `constant`
+template <class T, int N, class E> inline k_pack<T, N> k_ld_pack(const constant E* p, size_t i) {  // arrays of fewer than 8 elements
+  k_pack<T, N> r;
+  for (int k = 0; k < N; ++k) r.v[k] = ((const constant T*)p)[i * N + k];
+  return r;
+}
+#define LD_PACK(T, N, p, i) k_ld_pack<T, N>(p, i)
 #define ST_PACK(T, N, p, i, value) ((device k_pack<T, N>*)(p))[i] = value
 #define PACKABLE(p) true
 inline uint k_f2u(float x) { return as_type<uint>(x); }
