@@ -45,7 +45,7 @@
       if (packs) {
         REGS for (int r = 0; r < ROWS; ++r) {
           const int t = start - (K - 1) + r, at = t < 0 ? 0 : (t < T ? t : T - 1);
-          rows[r] = LD_PACK(uint, WORDS, x, (origin + at * row) / CPT);
+          rows[r] = LD_WORDS(WORDS, x, (origin + at * row) / CPT);
         }
       } else if (GPU) {
         REGS for (int r = 0; r < ROWS; ++r) {
@@ -59,7 +59,7 @@
       if (dy_packs) {
         REGS for (int s = 0; s < LATER; ++s) {
           const int at = start + s < T ? start + s : T - 1;
-          from[s] = LD_PACK(uint, WORDS, dy, (dy0 + at * dy_row) / CPT);
+          from[s] = LD_WORDS(WORDS, dy, (dy0 + at * dy_row) / CPT);
         }
       } else if (GPU) {
         REGS for (int s = 0; s < LATER; ++s) {

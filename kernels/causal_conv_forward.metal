@@ -18,7 +18,7 @@
     if (packs) {
       REGS for (int r = 0; r < ROWS; ++r) {
         const int t = start - (K - 1) + r, at = t < 0 ? 0 : (t < T ? t : T - 1);
-        rows[r] = LD_PACK(uint, WORDS, x, (origin + at * row) / CPT);
+        rows[r] = LD_WORDS(WORDS, x, (origin + at * row) / CPT);
       }
     } else if (GPU) {
       REGS for (int r = 0; r < ROWS; ++r) {

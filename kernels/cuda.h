@@ -51,6 +51,7 @@ __device__ __forceinline__ float k_sqrt_fast(float x) { float r; asm("sqrt.appro
 template <class T, int N> struct alignas(K_FACTOR(sizeof(T) * N)) k_pack { T v[N]; };
 #define PACK(T, N) k_pack<T, N>
 #define LD_PACK(T, N, p, i) reinterpret_cast<const k_pack<T, N>*>(p)[i]
+#define LD_WORDS(N, p, i) LD_PACK(uint, N, p, i)
 #define ST_PACK(T, N, p, i, value) reinterpret_cast<k_pack<T, N>*>(p)[i] = value
 #define PACKABLE(p) ((reinterpret_cast<size_t>(p) & 15) == 0)
 __device__ __forceinline__ unsigned k_bits(float v) { return __float_as_uint(v); }

@@ -85,6 +85,7 @@ static inline float frcp(float x) { return 1.0f / x; }
 template <class T, int N> struct k_pack { T v[N]; };
 #define PACK(T, N) k_pack<T, N>
 #define LD_PACK(T, N, p, i) ((const k_pack<T, N>*)(p))[i]
+#define LD_WORDS(N, p, i) LD_PACK(uint, N, p, i)
 #define ST_PACK(T, N, p, i, value) ((k_pack<T, N>*)(p))[i] = value
 #define PACKABLE(p) true
 static inline uint k_bits(float v) { return k_f2u(v); }
