@@ -29,6 +29,7 @@ CUDA_STUB = """#include <cuda_fp16.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
 struct Shape { int32_t sizes[8]; __device__ int32_t operator[](int i) const { return sizes[i]; } };
+struct Strides { int64_t steps[8]; __device__ int64_t operator[](int i) const { return steps[i]; } };
 """
 METAL_TYPES = {
     mx.float32: "float",
@@ -68,6 +69,8 @@ def metal_source(call: Launch) -> str:
         parameters.append(f"const device {_name(dtype, METAL_TYPES)}* {name}")
         if f"{name}_shape" in body:
             parameters.append(f"const constant int* {name}_shape")
+        if f"{name}_strides" in body:
+            parameters.append(f"const constant int64_t* {name}_strides")
     parameters += [
         f"device {_name(d, METAL_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)
     ]
@@ -82,6 +85,8 @@ def cuda_source(call: Launch) -> str:
         parameters.append(f"const {_name(dtype, CUDA_TYPES)}* {name}")
         if f"{name}_shape" in body:
             parameters.append(f"const __grid_constant__ Shape {name}_shape")
+        if f"{name}_strides" in body:
+            parameters.append(f"const __grid_constant__ Strides {name}_strides")
     parameters += [f"{_name(d, CUDA_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)]
     constants = [
         f"using {n} = {_name(v, CUDA_TYPES)};" if isinstance(v, mx.Dtype) else f"constexpr int {n} = {int(v)};"
@@ -143,7 +148,7 @@ def _use_operations(dtype: mx.Dtype) -> None:
 def _use_experts_and_loss(dtype: mx.Dtype) -> None:
     def experts(u: mx.array, logits: mx.array) -> mx.array:
         routing = route(logits, 2)
-        at = places(routing, padded=True)
+        at = places(routing)
         y = feed_forward(u, routing.gate_Mk, at, Layer(mx.ones((4, 8, 8), dtype)), Layer(mx.ones((4, 8, 8), dtype)))
         return y.astype(mx.float32).sum()
 
