@@ -4,12 +4,13 @@ again, takes its gradients, and forgets them. So a layer's arrays never outlive 
 model would hold, and work is handed to the device a layer at a time while the host prepares the next.
 
 On a GPU each layer's two functions are compiled. What cannot be known then is how many token copies each expert gets: a
-layer is compiled with room for what has been seen and an eighth more, and a batch that turns out to need more is done
+layer is compiled with room for what has been seen and a fifth more, and a batch that turns out to need more is done
 again. So nothing is dropped, and nothing waits for a routing.
 
 Shapes: B batch, T time, D d_model.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from magellano.model import Layer, MagellanoLM
 from magellano.names import LayerKind
 from magellano.ops.cross_entropy import Renyi
 from magellano.ops.launch import Dialect, dialect
+from magellano.ops.many import add_squares, narrow, no_squares
 from magellano.ops.moe import Room
-from magellano.ops.square_sum import add_squares, no_squares
 
+_AHEAD = 3  # layers that a GPU has under way at most: what they make cannot be freed before they are done
 EMBEDDINGS, FINAL_NORM = "backbone.embeddings", "backbone.norm_f"
 
 
@@ -64,9 +66,18 @@ class Trainables:
     def values(self) -> list[mx.array]:
         return [module[key] for module, key in self._slots]
 
-    def narrow(self, values: Sequence[mx.array], dtype: mx.Dtype) -> list[mx.array]:
-        """`values` with matrices in `dtype`: their products are in it, so their gradients come in it, half as large."""
-        return [v.astype(dtype) if n else v for v, n in zip(values, self._narrow, strict=True)]
+    def narrow(self, values: Sequence[mx.array], dtype: mx.Dtype, order: Sequence[int] | None = None) -> list[mx.array]:
+        """`values` with matrices in `dtype`: their products are in it, so their gradients come in it, half as large.
+        Those of experts in the order `order`.
+        """
+        made = list(values)
+        for stacked in (False, True):
+            which = [k for k, n in enumerate(self._narrow) if n and (values[k].ndim == 3) == stacked]
+            if which:
+                found = narrow([values[k] for k in which], dtype, order if stacked else None)
+                for k, value in zip(which, found, strict=True):
+                    made[k] = value
+        return made
 
     def call(self, part: Callable[..., Any], values: Sequence[mx.array], *args: Any, **more: Any) -> Any:
         before = self.values()
@@ -103,6 +114,8 @@ class Backprop:
         self._layers = [Trainables(x, f"backbone.layers.{i}", sixteen) for i, x in enumerate(layers)]
         self._embeddings = Trainables(model.backbone.embeddings, EMBEDDINGS, sixteen)
         self._norm = Trainables(model.backbone.norm_f, FINAL_NORM, sixteen)
+        self.ahead = _AHEAD
+        self._running: collections.deque[mx.array] = collections.deque()
         self._compiles = on_gpu() and dialect() is not Dialect.REFERENCE
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
@@ -115,6 +128,7 @@ class Backprop:
             outcome, sizes = self._pass(batch, scale, down)
             if not self._rooms or self._hold({i: np.array(size_E).tolist() for i, size_E in sizes.items()}):
                 return outcome
+            del outcome  # its gradients would lie beside those of the next pass
 
     def _pass(self, batch: Batch, scale: mx.array, down: mx.array | None) -> tuple[Outcome, dict[int, mx.array]]:
         # 1. forward: each layer's input stays
@@ -143,8 +157,7 @@ class Backprop:
             head = {name[at:]: gradients[name] for name in names}
             found = embeddings.backward(batch.tokens, dh_BTD, head)
             gradients |= {name: found[name[at:]] for name in names}
-        for name in [*self._norm.names, *self._embeddings.names]:
-            squares = add_squares(squares, gradients[name])
+        squares = add_squares(squares, [gradients[name] for name in [*self._norm.names, *self._embeddings.names]])
         routers = mx.stack(losses).sum(axis=0) if losses else mx.zeros((2,))
         return Outcome(nll, routers, gradients, squares), sizes
 
@@ -157,10 +170,13 @@ class Backprop:
                 self._compiled[key] = mx.compile(call)
             call = self._compiled[key]
         made = call(*arrays)
-        if on_gpu():
-            mx.async_eval(made)
-        else:
+        if not on_gpu():
             mx.eval(made)
+            return made
+        mx.async_eval(made)
+        self._running.append(made[0] if isinstance(made, list) else made)
+        while len(self._running) > self.ahead:
+            mx.eval(self._running.popleft())
         return made
 
     def _embed(self, tokens_BT: mx.array, *values: mx.array) -> mx.array:
@@ -174,7 +190,12 @@ class Backprop:
         return [h_BTD] if routed is None else [h_BTD, *routed]
 
     def _forward(self, i: int, h_BTD: mx.array, reset_BT: mx.array, *values: mx.array) -> list[mx.array]:
-        return self._layer(i, h_BTD, reset_BT, *values, unread=False)
+        return self._layer(i, h_BTD, reset_BT, *self._narrow(i, values), unread=False)
+
+    def _narrow(self, i: int, values: Sequence[mx.array]) -> list[mx.array]:
+        """In the compute dtype, and experts as the layer's room has them."""
+        room = self._rooms.get(i)
+        return self._layers[i].narrow(values, self.model.compute, room.order if room else None)
 
     def _backward(
         self, i: int, h_BTD: mx.array, reset_BT: mx.array, dh_BTD: mx.array, squares: mx.array, *values: mx.array
@@ -207,11 +228,11 @@ class Backprop:
         def call(h_BTD: mx.array, *values: mx.array) -> list[mx.array]:
             return self._layer(i, h_BTD, reset_BT, *values, unread=True)[: len(cotangents)]
 
-        narrow = self._layers[i].narrow(values, self.model.compute)
-        dh_BTD, *found = mx.vjp(call, [h_BTD, *narrow], cotangents)[1]
-        for gradient in found:
-            squares = add_squares(squares, gradient)
-        return [dh_BTD, squares, *found]
+        dh_BTD, *found = mx.vjp(call, [h_BTD, *self._narrow(i, values)], cotangents)[1]
+        if room := self._rooms.get(i):
+            back = sorted(range(room.experts), key=room.order.__getitem__)
+            found = self._layers[i].narrow(found, self.model.compute, back)
+        return [dh_BTD, add_squares(squares, found), *found]
 
     def _loss(
         self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, scale: mx.array, *values: mx.array
