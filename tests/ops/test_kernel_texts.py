@@ -11,15 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from magellano import nf4
 from magellano.backend import mx
 from magellano.ops import launch, linear_cross_entropy
 from magellano.ops.adamw import Moments, Step, adamw
+from magellano.ops.around import Around
 from magellano.ops.causal_conv import causal_conv
 from magellano.ops.cross_entropy import Renyi
+from magellano.ops.decode import conv_step, matvec, nf4_rows
 from magellano.ops.experts import Layer, feed_forward
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
-from magellano.ops.moe import places, route
+from magellano.ops.moe import Room, places, route
+from magellano.ops.nf4 import nf4_matvec
 from magellano.ops.selective_scan import selective_scan
 
 STUB = Path(__file__).with_name("metal_stub.h")
@@ -129,6 +133,7 @@ def _use_operations(dtype: mx.Dtype) -> None:
     for function in (scan, convolve):
         mx.eval(mx.grad(function, argnums=(0, 1))(ones(1, 9, 8), mx.ones((8, 16))))
     _use_experts_and_loss(dtype)
+    _use_decoding(dtype)
     for state in (mx.float32, mx.float16):
         for size in (8 * 256, 9):
             moments = Moments(*(mx.zeros((size,), state) for _ in range(3)))
@@ -139,7 +144,7 @@ def _use_operations(dtype: mx.Dtype) -> None:
 def _use_experts_and_loss(dtype: mx.Dtype) -> None:
     def experts(u: mx.array, logits: mx.array) -> mx.array:
         routing = route(logits, 2)
-        at = places(routing, padded=True)
+        at = places(routing, Room.whole(4, 3))
         y = feed_forward(u, routing.gate_Mk, at, Layer(mx.ones((4, 8, 8), dtype)), Layer(mx.ones((4, 8, 8), dtype)))
         return y.astype(mx.float32).sum()
 
@@ -153,11 +158,28 @@ def _use_experts_and_loss(dtype: mx.Dtype) -> None:
         mx.eval(mx.grad(lambda x, renyi=renyi: loss(x, renyi))(x))
 
 
+def _use_decoding(dtype: mx.Dtype) -> None:
+    def ones(*shape: int) -> mx.array:
+        return mx.ones(shape, dtype)
+
+    q = nf4.quantize(mx.ones((40, 256)))
+    for rows in (1, 2, 3):
+        low = matvec(ones(rows, 256), mx.ones((5, 256)), None, Around(mx.ones((256,)), 1e-5), mx.float32)
+        around = Around(mx.ones((256,)), 1e-5, low, mx.ones((40, 5)), 2.0, relu=True, residual_MO=ones(rows, 40))
+        mx.eval(nf4_matvec(ones(rows, 256), q.parts, 40, None, around), nf4_matvec(ones(rows, 256), q.parts, 40))
+        mx.eval(matvec(ones(rows, 256), ones(40, 256), None, around))
+    stack, expert = nf4.NF4Stack.of([q, q]), mx.array([0, 1])
+    mx.eval(nf4_matvec(ones(1, 256), stack.parts, 40, expert), matvec(ones(1, 256), mx.ones((2, 40, 256)), expert))
+    mx.eval(conv_step(ones(2, 140), mx.ones((70, 4)), mx.ones((70,)), ones(2, 3, 70)))
+    mx.eval(nf4_rows(mx.array([3]), q.parts, 256, dtype, mx.ones((5, 256)), mx.ones((40, 5)), 2.0))
+
+
 def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     names = {call.kernel.name for call in launches}
     wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
     wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "hidden_backward")}
     wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
+    wanted |= {"nf4_matvec", "matvec", "conv_step", "nf4_rows"}
     wanted |= {"adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
     assert wanted <= names
 
