@@ -86,5 +86,13 @@ static inline float frcp(float x) { return 1.0f / x; }
 template <class T, int N> struct k_pack { T v[N]; };
 #define PACK(T, N) k_pack<T, N>
 #define LD_PACK(T, N, p, i) ((const k_pack<T, N>*)(p))[i]
+#define LD_WORDS(N, p, i) LD_PACK(uint, N, p, i)
 #define ST_PACK(T, N, p, i, value) ((k_pack<T, N>*)(p))[i] = value
 #define PACKABLE(p) true
+static inline uint k_bits(float v) { return k_f2u(v); }
+static inline uint k_bits(half v) { return v.u; }
+static inline uint k_bits(bfloat v) { return v.u; }
+template <class T> static inline float k_part(uint w, int i) { const T v = {(uint16_t)(i ? w >> 16 : w)}; return k_ld(&v, 0); }
+template <> inline float k_part<float>(uint w, int) { return k_u2f(w); }
+#define BITS(p, i) k_bits((p)[i])
+#define LD_BITS(T, word, i) k_part<T>(word, i)

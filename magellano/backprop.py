@@ -24,6 +24,7 @@ from magellano.names import LayerKind
 from magellano.ops.cross_entropy import Renyi
 from magellano.ops.launch import Dialect, dialect
 from magellano.ops.moe import Room
+from magellano.ops.square_sum import add_squares, no_squares
 
 EMBEDDINGS, FINAL_NORM = "backbone.embeddings", "backbone.norm_f"
 
@@ -41,12 +42,14 @@ class Batch:
 @dataclass(frozen=True)
 class Outcome:
     """nll: sum of weight * -log p(target), nats, whatever the objective; routers: sums of the routers' losses, float32
-    [2]; gradients by name. All may still be under way.
+    [2]; gradients by name; squares: theirs, float32 [256], whose sum is the square of their joint norm. All may still
+    be under way.
     """
 
     nll: mx.array
     routers: mx.array
     gradients: dict[str, mx.array]
+    squares: mx.array
 
 
 class Trainables:
@@ -128,18 +131,22 @@ class Backprop:
         nll, dh_BTD, *found = self._run(self._loss, None, h_BTD, batch.targets, batch.weights, scale, *values)
         gradients = dict(zip([*self._norm.names, *self._embeddings.names], found, strict=True))
         # 3. backward: the layers in reverse order
+        squares = no_squares()
         for i, layer in reversed(list(enumerate(self._layers))):
-            given = [inputs.pop(), batch.reset, dh_BTD, *([] if down is None else [down])]
+            given = [inputs.pop(), batch.reset, dh_BTD, squares, *([] if down is None else [down])]
             backward = self._backward if down is None else self._backward_with_routers
-            dh_BTD, *found = self._run(backward, i, *given, *layer.values())
+            dh_BTD, squares, *found = self._run(backward, i, *given, *layer.values())
             gradients.update(zip(layer.names, found, strict=True))
         # 4. the embedding, which is the head's too
-        if self._embeddings.names:
-            found = self._run(self._embed_backward, None, batch.tokens, dh_BTD, *self._embeddings.values())
-            for name, more in zip(self._embeddings.names, found, strict=True):
-                gradients[name] = gradients[name] + more.astype(gradients[name].dtype)
+        if names := self._embeddings.names:
+            embeddings, at = self.model.backbone.embeddings, len(EMBEDDINGS) + 1
+            head = {name[at:]: gradients[name] for name in names}
+            found = embeddings.backward(batch.tokens, dh_BTD, head)
+            gradients |= {name: found[name[at:]] for name in names}
+        for name in [*self._norm.names, *self._embeddings.names]:
+            squares = add_squares(squares, gradients[name])
         routers = mx.stack(losses).sum(axis=0) if losses else mx.zeros((2,))
-        return Outcome(nll, routers, gradients), sizes
+        return Outcome(nll, routers, gradients, squares), sizes
 
     def _run(self, function: Callable[..., Any], i: int | None, *arrays: mx.array) -> Any:
         """function of layer i (or of no layer) on `arrays`, its results under way; layers are compiled on a GPU."""
@@ -160,9 +167,6 @@ class Backprop:
         h_BTD: mx.array = self._embeddings.call(self.model.backbone.embeddings, values, tokens_BT)
         return h_BTD.astype(self.model.compute)
 
-    def _embed_backward(self, tokens_BT: mx.array, dh_BTD: mx.array, *values: mx.array) -> list[mx.array]:
-        return mx.vjp(lambda *v: self._embed(tokens_BT, *v), list(values), [dh_BTD])[1]
-
     def _layer(self, i: int, h_BTD: mx.array, reset_BT: mx.array, *values: mx.array, unread: bool) -> list[mx.array]:
         """The layer's output and, of a MoE layer, its router's losses [2] and token copies per expert [E]."""
         layer: Layer = self.model.backbone.layers[i]
@@ -173,21 +177,41 @@ class Backprop:
         return self._layer(i, h_BTD, reset_BT, *values, unread=False)
 
     def _backward(
-        self, i: int, h_BTD: mx.array, reset_BT: mx.array, dh_BTD: mx.array, *values: mx.array
+        self, i: int, h_BTD: mx.array, reset_BT: mx.array, dh_BTD: mx.array, squares: mx.array, *values: mx.array
     ) -> list[mx.array]:
-        """The gradients of the layer's input and of its trainable arrays."""
-        return self._backward_with_routers(i, h_BTD, reset_BT, dh_BTD, None, *values)
+        """The gradient of the layer's input, `squares` with those of the layer's gradients, and these."""
+        return self._vjp(i, h_BTD, reset_BT, [dh_BTD], squares, values)
 
     def _backward_with_routers(
-        self, i: int, h_BTD: mx.array, reset_BT: mx.array, dh_BTD: mx.array, down: mx.array | None, *values: mx.array
+        self,
+        i: int,
+        h_BTD: mx.array,
+        reset_BT: mx.array,
+        dh_BTD: mx.array,
+        squares: mx.array,
+        down: mx.array,
+        *values: mx.array,
+    ) -> list[mx.array]:
+        moe = self.model.config.kind(i) is LayerKind.MOE
+        return self._vjp(i, h_BTD, reset_BT, [dh_BTD, down[:2]] if moe else [dh_BTD], squares, values)
+
+    def _vjp(
+        self,
+        i: int,
+        h_BTD: mx.array,
+        reset_BT: mx.array,
+        cotangents: list[mx.array],
+        squares: mx.array,
+        values: Sequence[mx.array],
     ) -> list[mx.array]:
         def call(h_BTD: mx.array, *values: mx.array) -> list[mx.array]:
             return self._layer(i, h_BTD, reset_BT, *values, unread=True)[: len(cotangents)]
 
         narrow = self._layers[i].narrow(values, self.model.compute)
-        moe = self.model.config.kind(i) is LayerKind.MOE
-        cotangents = [dh_BTD, down[:2]] if down is not None and moe else [dh_BTD]
-        return mx.vjp(call, [h_BTD, *narrow], cotangents)[1]
+        dh_BTD, *found = mx.vjp(call, [h_BTD, *narrow], cotangents)[1]
+        for gradient in found:
+            squares = add_squares(squares, gradient)
+        return [dh_BTD, squares, *found]
 
     def _loss(
         self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, scale: mx.array, *values: mx.array

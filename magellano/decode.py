@@ -4,15 +4,16 @@ packed weights with the norm before it and the adapter, the activation and the r
 Shapes: B sequences, D d_model, I d_inner, N d_state, R dt_rank, V vocabulary, k experts per token.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from magellano.backend import mx
-from magellano.linear import Adapted, Embedding, Projection
+from magellano.backend import mx, tree_flatten
+from magellano.linear import Adapted, Embedding, ExpertProjection, Projection
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE
-from magellano.nf4 import NF4Tensor
+from magellano.nf4 import NF4Stack, NF4Tensor
 from magellano.ops import launch, selective_scan
 from magellano.ops.around import Around
 from magellano.ops.decode import conv_step, matvec, nf4_rows
@@ -38,7 +39,8 @@ class Decoder:
 
     def __init__(self, model: "MagellanoLM"):
         self.model = model
-        self.rows = GPU_ROWS if launch.gpu_geometry() else HOST_ROWS
+        codes = any(_from_codes(m) for _, m in model.named_modules() if isinstance(m, Adapted))
+        self.rows = HOST_ROWS if codes and not launch.gpu_geometry() else GPU_ROWS
         self.embeddings = _merged(model.backbone.embeddings)
         self.steps = [_mamba(x) if isinstance(x.mixer, Mamba) else _moe(x) for x in model.backbone.layers]
 
@@ -53,6 +55,27 @@ class Decoder:
             h_BD, after = step(h_BD, old)
             new.append(after)
         return self._logits(h_BD), new
+
+    def reads(self) -> dict[str, int]:
+        """Bytes that a token of one sequence must move, by part: the weights in use, the state there and back."""
+        model, config = self.model, self.model.config
+        found = {"weights in 4 bits": 0, "adapters": 0, "dense weights": 0}
+        left = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+        for _, module in model.named_modules():
+            if not isinstance(module, Adapted):
+                continue
+            share = config.top_k / config.n_experts if isinstance(module, ExpertProjection) else 1.0
+            base, adapter = module.base, module.lora_a.nbytes + module.lora_b.nbytes if module.adapted else 0
+            size = base.nbytes if not isinstance(base, NF4Stack) else sum(a.nbytes for a in base.arrays.values())
+            left -= adapter + (size if isinstance(base, mx.array) else 0)
+            if _merges(module):
+                found["dense weights"] += int(4 * math.prod(base.shape) * share)
+                continue
+            found["dense weights" if isinstance(base, mx.array) else "weights in 4 bits"] += int(size * share)
+            found["adapters"] += int(adapter * share)
+        found["dense weights"] += left
+        found["state"] = 2 * sum(array.nbytes for array in flat(model.initial_state(1)))
+        return found
 
     def _embed(self, tokens_B: mx.array) -> mx.array:
         embedding, dtype = self.model.backbone.embeddings, self.model.compute
@@ -80,8 +103,7 @@ def _mamba(layer: "Layer") -> Step:
     assert isinstance(mixer, Mamba)
     r, n, inner = mixer.config.dt_rank, mixer.config.d_state, mixer.config.d_inner
     into, split, dt_of, out_of = map(_product, (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj))
-    weight_IK, A_IN = mixer.conv1d.weight.squeeze(1), -mx.exp(mixer.A_log.astype(mx.float32))
-    mx.eval(weight_IK, A_IN)
+    weight_IK = mixer.conv1d.weight.squeeze(1)
 
     def step(h_BD: mx.array, state: MambaState | None) -> tuple[mx.array, MambaState | None]:
         assert state is not None
@@ -90,8 +112,8 @@ def _mamba(layer: "Layer") -> Step:
         dt_BR, b_BN, c_BN = mx.split(split(x_BI, Around()), [r, r + n], axis=-1)
         dt_BI, z_BI = dt_of(dt_BR, Around()), mx.split(xz_BX, [inner], axis=-1)[1]
         scanned = selective_scan(
-            x_BI[:, None], dt_BI[:, None], A_IN, b_BN[:, None], c_BN[:, None], mixer.D, z_BI[:, None],
-            mixer.dt_proj.bias, None, state.scan_BIN, return_state=True, frozen_parameters=True,
+            x_BI[:, None], dt_BI[:, None], mixer.A_log, b_BN[:, None], c_BN[:, None], mixer.D, z_BI[:, None],
+            mixer.dt_proj.bias, None, state.scan_BIN, return_state=True, frozen_parameters=True, log_A=True,
         )  # fmt: skip
         y, scan_BIN = scanned
         return out_of(y.squeeze(1), Around(residual_MO=h_BD)), MambaState(conv_BKI, scan_BIN)
@@ -115,15 +137,18 @@ def _moe(layer: "Layer") -> Step:
     return step if w1.takes_each and w2.takes_each else whole
 
 
+def _merges(projection: Adapted) -> bool:
+    return not isinstance(projection.base, mx.array) and math.prod(projection.base.shape) <= _SMALL
+
+
+def _from_codes(projection: Adapted) -> bool:
+    return not isinstance(projection.base, mx.array) and not _merges(projection)
+
+
 def _merged(projection: Adapted) -> mx.array | None:
     """W + s B A, dense in float32, of a small NF4 matrix or stack."""
     base = projection.base
-    if isinstance(base, mx.array):
-        return None
-    size = 1
-    for n in base.shape:
-        size *= n
-    if size > _SMALL:
+    if isinstance(base, mx.array) or not _merges(projection):
         return None
     w = base.dequantize(mx.float32)
     if projection.adapted:

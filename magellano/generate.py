@@ -1,7 +1,7 @@
 """Generation as a recurrence: the model's state is constant in size, so each token costs the same whatever came before.
 
 Greedy, temperature, top-k, top-p (nucleus: Holtzman et al. 2019, arXiv 1904.09751). Same seed, same tokens.
-Shapes: B sequences, T time, D d_model, V vocabulary, P = max(B, 4).
+Shapes: B sequences, T time, D d_model, V vocabulary, P >= B.
 """
 
 import codecs
@@ -62,7 +62,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Made:
-    """What a step leaves behind, on the device: the tokens chosen, one a sequence and maybe zeros behind, the state
+    """What a step leaves behind, on the device: the tokens chosen, one a sequence and maybe more behind, the state
     after what came before them, and the key of the next choice.
     """
 
@@ -125,8 +125,9 @@ class Stream:
         else:
             now = key
         token_B = choose(logits_BV, self.sampling, now)
-        # Arrays of 8 bytes and fewer lie where host and device fight over them; see ops/lazy.py.
-        return mx.pad(token_B, (0, max(0, 4 - token_B.size))) if self.ahead else token_B, key
+        if self.ahead and token_B.size < 4:  # arrays of 8 bytes and fewer lie where host and device fight over them
+            token_B = mx.broadcast_to(token_B, (4, token_B.size)).reshape(-1)
+        return token_B, key
 
 
 def _sequences(state: State) -> int:

@@ -9,6 +9,7 @@ Shapes: I in, O out, r rank, E experts, M rows, V vocabulary, D d_model.
 from magellano.backend import mx, nn
 from magellano.nf4 import NF4Stack, NF4Tensor
 from magellano.ops import nf4_matmul
+from magellano.ops.add_rows import add_rows
 from magellano.ops.experts import Layer
 from magellano.ops.lora import adapted_matmul
 
@@ -90,6 +91,18 @@ class Embedding(Adapted):
         if self.adapted:
             h_BTD = h_BTD + (self.lora_scale * self.lora_b[tokens_BT]) @ self.lora_a
         return h_BTD
+
+    def backward(self, tokens_BT: mx.array, dh_BTD: mx.array, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
+        """`gradients` of this module's trainable arrays by name, the head's, plus those of the lookup."""
+        index_M, dh_MD = tokens_BT.reshape(-1), dh_BTD.reshape(-1, dh_BTD.shape[-1])
+        if not self.adapted:
+            return {"weight": add_rows(gradients["weight"], dh_MD, index_M)}
+        a_rD, b_Vr, s = self.lora_a.astype(dh_MD.dtype), self.lora_b, self.lora_scale
+        da_rD = (s * b_Vr[index_M]).astype(dh_MD.dtype).T @ dh_MD
+        return {
+            "lora_a": gradients["lora_a"] + da_rD.astype(gradients["lora_a"].dtype),
+            "lora_b": add_rows(gradients["lora_b"], s * (dh_MD @ a_rD.T), index_M),
+        }
 
     def head(self, h: mx.array) -> tuple[mx.array, mx.array | NF4Tensor, mx.array | None, mx.array | None]:
         """What the loss needs: (h, W, u, B) with logits = h W^T + u B^T; u and B are None without an adapter."""

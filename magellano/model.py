@@ -156,6 +156,8 @@ class MagellanoLM(nn.Module):
         new = []
         for layer, old in zip(self.backbone.layers, state, strict=True):
             h_BTD, layer_state = layer.step(h_BTD, old)
+            if layer_state is not None:  # a view of all inputs would keep them
+                layer_state = layer_state._replace(conv_BKI=mx.contiguous(layer_state.conv_BKI))
             new.append(layer_state)
         return self.backbone.norm_f(h_BTD), new
 

@@ -13,6 +13,7 @@ from magellano.backend import mx, nn, on_gpu, tree_flatten, tree_map, tree_unfla
 from magellano.names import StateDtype
 from magellano.ops import adamw as op
 from magellano.ops.adamw import Moments, Numbers, adamw
+from magellano.ops.square_sum import add_squares, no_squares
 
 STEP = "step"
 PARTS = ("m", "s", "peak")
@@ -230,8 +231,10 @@ def cosine_with_warmup(step: int, lr: float, warmup: int, steps: int, min_ratio:
 
 def global_norm(gradients: Any) -> mx.array:
     """The joint norm of all gradients, float32; infinite or NaN if a gradient is."""
-    squares = [g.astype(mx.float32).square().sum() for _, g in _flat(gradients)]
-    return mx.sqrt(mx.stack(squares).sum())
+    squares = no_squares()
+    for _, g in _flat(gradients):
+        squares = add_squares(squares, g)
+    return mx.sqrt(squares.sum())
 
 
 def gradient_factor(norm: mx.array, max_norm: float, scale: float = 1.0) -> mx.array:

@@ -23,7 +23,7 @@ from magellano.layout import parameters
 from magellano.model import MagellanoLM
 from magellano.names import METRICS, Compute
 from magellano.ops.cross_entropy import Renyi
-from magellano.optimizer import AdamW, cosine_with_warmup, global_norm
+from magellano.optimizer import AdamW, cosine_with_warmup, global_norm, gradient_factor
 from magellano.profile import LossConfig, TrainConfig
 from magellano.progress import Progress
 from magellano.signals import StopRequest
@@ -85,6 +85,7 @@ class Trainer:
         float16 = config.compute is Compute.FLOAT16
         self.scale = LossScale(SCALE_START, dynamic=True) if float16 else LossScale()
         self.step, self.tokens = 0, 0
+        self._follow_schedule()
         self.backprop = Backprop(model, Renyi(loss.alpha, loss.beta) if loss and loss.has_entropy else None)
 
     def one_step(self) -> Metrics:
@@ -93,31 +94,47 @@ class Trainer:
         batches = [self._micro_batch(i) for i in range(c.accumulate)]
         total = sum(float(b.weights.sum()) for b in batches)
         grads: dict[str, mx.array] = {}
-        nll = 0.0
+        nll, squares = mx.zeros(()), mx.zeros(())
         routers = (c.balance_loss / c.accumulate, c.router_z_loss / c.accumulate) if self.routers else None
         for rows in batches:
             batch = Batch(*(mx.array(a) for a in (rows.tokens, rows.targets, rows.weights, rows.reset)))
-            factor = self.scale.value / max(total, 1.0)
             scaled = None if routers is None else (routers[0] * self.scale.value, routers[1] * self.scale.value)
-            found = self.backprop(batch, factor, scaled)
+            found = self.backprop(batch, self.scale.value / max(total, 1.0), scaled)
+            nll, squares = nll + found.nll, found.squares
             grads = _added(grads, found.gradients) if c.accumulate > 1 else found.gradients
-            nll += float(np.array(found.nll))
-        norm = float(np.array(global_norm(grads))) / self.scale.value
-        lr = cosine_with_warmup(self.step, c.lr, c.warmup, c.steps, c.min_lr_ratio)
-        finite = bool(np.isfinite(norm) and np.isfinite(nll))
-        if finite:
-            factor = c.clip_norm / max(norm, c.clip_norm) / self.scale.value  # clipping and unscaling in the same pass
-            self.optimizer.update(self.model, tree_unflatten(list(grads.items())), lr, factor)
-            self.optimizer.evaluate(self.model.trainable_parameters())
+        norm = mx.sqrt(squares.sum()) if c.accumulate == 1 else global_norm(grads)
+        # The update is on its way before the norm is known here; a factor that is not finite changes nothing.
+        factor = gradient_factor(norm + (nll - nll), c.clip_norm, self.scale.value)
+        self.optimizer.update(self.model, tree_unflatten(list(grads.items())), factor=factor)
+        grads = {}
+        self.optimizer.evaluate(self.model.trainable_parameters(), norm, nll)
+        loss, grad_norm = float(np.array(nll)) / max(total, 1.0), float(np.array(norm)) / self.scale.value
+        finite, lr = bool(np.isfinite(grad_norm) and np.isfinite(loss)), self._rate(self.step)
+        if not finite:
+            self.optimizer.take_back()
         self.scale.update(finite)
         self.step += 1
         self.tokens += int(total)
+        if not finite:
+            self._follow_schedule()
         seconds = time.perf_counter() - started
         inputs = c.batch * c.accumulate * self.train.seq_len
         return Metrics(
-            self.step, nll / max(total, 1.0), lr, norm, self.tokens, inputs / seconds,
+            self.step, loss, lr, grad_norm, self.tokens, inputs / seconds,
             mx.get_peak_memory() / GIB, seconds, not finite,
         )  # fmt: skip
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of step `step`, from 0."""
+        c = self.config
+        return cosine_with_warmup(step, c.lr, c.warmup, c.steps, c.min_lr_ratio)
+
+    def _follow_schedule(self) -> None:
+        """Tell the optimiser the rates of the steps to come; it counts the steps that it took, which skipped ones are
+        not.
+        """
+        skipped = self.step - int(np.array(self.optimizer.step))
+        self.optimizer.learning_rate = lambda step: self._rate(step + skipped)
 
     def _micro_batch(self, micro: int) -> shards.Batch:
         c = self.config
@@ -155,6 +172,7 @@ class Trainer:
         self.model.update(tree_unflatten(list(found.parameters.items())))
         self.optimizer.state = tree_unflatten(list(found.optimizer.items()))
         self.step, self.tokens, self.scale = facts["step"], facts["tokens"], LossScale(**facts["loss_scale"])
+        self._follow_schedule()
         return True
 
 

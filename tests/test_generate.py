@@ -159,6 +159,16 @@ def test_memory_does_not_grow_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -
     assert peaks[1] - peaks[0] < logits
 
 
+def test_a_state_keeps_nothing_alive_but_itself() -> None:
+    model = MagellanoLM(TINY, seeded(3))
+    mx.eval(model.parameters())
+    read([[7] * PROMPT_CHUNK], model)  # what is made once is there
+    before = mx.get_active_memory()
+    state = flat(read([[7] * PROMPT_CHUNK], model)[1])
+    inputs = PROMPT_CHUNK * TINY.d_inner * 4  # of one convolution
+    assert mx.get_active_memory() - before <= sum(a.nbytes for a in state) + inputs / 2
+
+
 def test_document_starts_with_end_of_text_and_stops_at_it():
     scripted = Scripted()
     assert list(generate(scripted, [7, END - 3], END, 10)) == [END - 2, END - 1]

@@ -13,6 +13,8 @@ from magellano.backprop import Backprop, Batch
 from magellano.layout import ParamSpec, count, lora_count, parameters
 from magellano.model import MagellanoLM, seeded
 from magellano.names import LayerKind
+from magellano.ops import launch
+from magellano.ops.launch import Dialect
 from magellano.profile import LoraConfig, ModelConfig, load_profile
 
 GOLDEN = Path(__file__).parent / "golden" / "mamba.safetensors"
@@ -125,3 +127,33 @@ def test_counting_and_building_allocate_nothing() -> None:
     assert [config.kind(i) for i in range(8)] == [LayerKind.MAMBA] * 3 + [LayerKind.MOE] + [LayerKind.MAMBA] * 3 + [
         LayerKind.MOE
     ]
+
+
+def test_compiled_layers_give_the_same_gradients_and_a_batch_that_outgrows_its_rooms_is_done_again() -> None:
+    rng = np.random.default_rng(4)
+    model = MagellanoLM(SMALL, seeded(3))
+    reset, weights = mx.zeros((2, 40), dtype=mx.uint8), mx.ones((2, 40))
+    batches = [Batch(*(mx.array(rng.integers(0, n, (2, 40))) for _ in range(2)), weights, reset) for n in (300, 2)]
+    with launch.use(Dialect.REFERENCE):
+        plain, compiled = Backprop(model), Backprop(model)
+        compiled._compiles = True  # as on a GPU
+        passes = 0
+        once = compiled._pass
+
+        def counted(*args):  # type: ignore[no-untyped-def]
+            nonlocal passes
+            passes += 1
+            return once(*args)
+
+        compiled._pass = counted  # type: ignore[method-assign]
+        for number, batch in enumerate(batches):
+            wanted, found = plain(batch, 0.5).gradients, compiled(batch, 0.5).gradients
+            for name, value in wanted.items():
+                assert relative(found[name], value) < 1e-4, f"batch {number}: {name}"
+            assert passes == [1, 3][number]  # a batch of two tokens sends all its copies to few experts
+        assert compiled.loads[3] == [max(pair) for pair in zip(*compiled_loads(model, batches), strict=True)]
+
+
+def compiled_loads(model: MagellanoLM, batches: list[Batch]) -> list[list[int]]:
+    """Token copies per expert of the model's one MoE layer, for each batch."""
+    return [model.expert_counts(batch.tokens, batch.reset)[0] for batch in batches]

@@ -48,10 +48,9 @@ class Around:
         return [placeholder() if a is None else a for a in given]
 
     def template(self, x: mx.array, out: mx.Dtype) -> Template:
-        """The kernels' names for it, the types among them: MLX knows a kernel by its template alone."""
+        """The kernels' names for it and for the types of x and y."""
         return {
-            "T": x.dtype, "TY": out, "TB": mx.float32 if self.b is None else self.b.dtype,
-            "TR": mx.float32 if self.residual_MO is None else self.residual_MO.dtype,
+            "T": x.dtype, "TY": out,
             "NORM": self.norm_I is not None, "EPS_BITS": bits(self.eps), "RELU": self.relu,
             "RANK": 0 if self.low_Mr is None else self.low_Mr.shape[-1], "SCALE_BITS": bits(self.scale),
             "RESIDUAL": self.residual_MO is not None,

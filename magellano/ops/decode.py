@@ -88,7 +88,7 @@ def conv_step(x_BX: mx.array, weight_IK: mx.array, bias_I: mx.array, state_BKI: 
         return y.squeeze(1), mx.concatenate([state_BKI[:, 1:], x_B1I.astype(state_BKI.dtype)], axis=1)[:, : K - 1]
     y_BI, next_BKI = _CONV(
         [x_BX, weight_IK, bias_I, state_BKI],
-        template={"T": x_BX.dtype, "TW": weight_IK.dtype, "TB": bias_I.dtype, "K": K, "WIDTH": wide // I, "CPT": 1},
+        template={"T": x_BX.dtype, "K": K, "WIDTH": wide // I, "CPT": 1},
         grid=(-(-I // _SMALL_THREADS) * _SMALL_THREADS, B, 1),
         threadgroup=(_SMALL_THREADS, 1, 1),
         host_template={"CPT": _HOST_CHANNELS},
@@ -122,7 +122,7 @@ def nf4_rows(
             *arrays,
         ],
         template={
-            "T": out, "TA": arrays[0].dtype, "TB": arrays[1].dtype, "I_SIZE": width, "BYTES": 1,
+            "T": out, "I_SIZE": width, "BYTES": 1,
             "RANK": 0 if a_rD is None else a_rD.shape[0], "SCALE_BITS": bits(scale),
         },
         grid=(-(-(width // 2) // _SMALL_THREADS) * _SMALL_THREADS, M, 1),

@@ -15,6 +15,7 @@ from magellano import nf4
 from magellano.backend import mx
 from magellano.ops import launch, linear_cross_entropy
 from magellano.ops.adamw import Moments, Step, adamw
+from magellano.ops.add_rows import add_rows
 from magellano.ops.around import Around
 from magellano.ops.causal_conv import causal_conv
 from magellano.ops.cross_entropy import Renyi
@@ -22,15 +23,17 @@ from magellano.ops.decode import conv_step, matvec, nf4_rows
 from magellano.ops.experts import Layer, feed_forward
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
-from magellano.ops.moe import Room, places, route
+from magellano.ops.moe import places, route
 from magellano.ops.nf4 import nf4_matvec
 from magellano.ops.selective_scan import selective_scan
+from magellano.ops.square_sum import PARTS, add_squares
 
 STUB = Path(__file__).with_name("metal_stub.h")
 CUDA_STUB = """#include <cuda_fp16.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
 struct Shape { int32_t sizes[8]; __device__ int32_t operator[](int i) const { return sizes[i]; } };
+struct Strides { int64_t steps[8]; __device__ int64_t operator[](int i) const { return steps[i]; } };
 """
 METAL_TYPES = {
     mx.float32: "float",
@@ -70,6 +73,8 @@ def metal_source(call: Launch) -> str:
         parameters.append(f"const device {_name(dtype, METAL_TYPES)}* {name}")
         if f"{name}_shape" in body:
             parameters.append(f"const constant int* {name}_shape")
+        if f"{name}_strides" in body:
+            parameters.append(f"const constant int64_t* {name}_strides")
     parameters += [
         f"device {_name(d, METAL_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)
     ]
@@ -84,6 +89,8 @@ def cuda_source(call: Launch) -> str:
         parameters.append(f"const {_name(dtype, CUDA_TYPES)}* {name}")
         if f"{name}_shape" in body:
             parameters.append(f"const __grid_constant__ Shape {name}_shape")
+        if f"{name}_strides" in body:
+            parameters.append(f"const __grid_constant__ Strides {name}_strides")
     parameters += [f"{_name(d, CUDA_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)]
     constants = [
         f"using {n} = {_name(v, CUDA_TYPES)};" if isinstance(v, mx.Dtype) else f"constexpr int {n} = {int(v)};"
@@ -134,6 +141,8 @@ def _use_operations(dtype: mx.Dtype) -> None:
         mx.eval(mx.grad(function, argnums=(0, 1))(ones(1, 9, 8), mx.ones((8, 16))))
     _use_experts_and_loss(dtype)
     _use_decoding(dtype)
+    mx.eval(add_rows(ones(5, 8), ones(3, 8), mx.zeros((3,), mx.int32)))
+    mx.eval(add_squares(mx.zeros((PARTS,)), ones(3, 8)))
     for state in (mx.float32, mx.float16):
         for size in (8 * 256, 9):
             moments = Moments(*(mx.zeros((size,), state) for _ in range(3)))
@@ -144,7 +153,7 @@ def _use_operations(dtype: mx.Dtype) -> None:
 def _use_experts_and_loss(dtype: mx.Dtype) -> None:
     def experts(u: mx.array, logits: mx.array) -> mx.array:
         routing = route(logits, 2)
-        at = places(routing, Room.whole(4, 3))
+        at = places(routing)
         y = feed_forward(u, routing.gate_Mk, at, Layer(mx.ones((4, 8, 8), dtype)), Layer(mx.ones((4, 8, 8), dtype)))
         return y.astype(mx.float32).sum()
 
@@ -180,7 +189,7 @@ def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "hidden_backward")}
     wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
     wanted |= {"nf4_matvec", "matvec", "conv_step", "nf4_rows"}
-    wanted |= {"adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
+    wanted |= {"add_rows", "square_sum", "adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
     assert wanted <= names
 
 
