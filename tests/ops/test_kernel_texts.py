@@ -16,8 +16,10 @@ from magellano.backend import mx
 from magellano.ops import launch, linear_cross_entropy
 from magellano.ops.adamw import Moments, Step, adamw
 from magellano.ops.add_rows import add_rows
+from magellano.ops.around import Around
 from magellano.ops.causal_conv import causal_conv
 from magellano.ops.cross_entropy import Renyi
+from magellano.ops.decode import conv_step, matvec, nf4_rows
 from magellano.ops.experts import Layer, feed_forward
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
@@ -143,6 +145,7 @@ def _use_operations(dtype: mx.Dtype) -> None:
     mx.eval(
         nf4_matvec(ones(1, 64), stack[0].parts, 8), nf4_matvec(ones(1, 64), stack.parts, 8, mx.zeros((1,), mx.int32))
     )
+    _use_decoding(dtype)
     mx.eval(add_rows(ones(5, 8), ones(3, 8), mx.zeros((3,), mx.int32)))
     mx.eval(add_squares(no_squares(), [ones(3, 8), ones(8)]), join([ones(8)] * 9))
     mx.eval(narrow([mx.ones((2, 8))] * 3, dtype, (1, 0)), narrow([mx.ones((2, 3))], dtype, (1, 0)))
@@ -170,20 +173,30 @@ def _use_experts_and_loss(dtype: mx.Dtype) -> None:
         mx.eval(mx.grad(lambda x, renyi=renyi: loss(x, renyi))(x))
 
 
+def _use_decoding(dtype: mx.Dtype) -> None:
+    def ones(*shape: int) -> mx.array:
+        return mx.ones(shape, dtype)
+
+    q = nf4.quantize(mx.ones((40, 256)))
+    for rows in (1, 2, 3):
+        low = matvec(ones(rows, 256), mx.ones((5, 256)), None, Around(mx.ones((256,)), 1e-5), mx.float32)
+        around = Around(mx.ones((256,)), 1e-5, low, mx.ones((40, 5)), 2.0, relu=True, residual_MO=ones(rows, 40))
+        mx.eval(nf4_matvec(ones(rows, 256), q.parts, 40, None, around), nf4_matvec(ones(rows, 256), q.parts, 40))
+        mx.eval(matvec(ones(rows, 256), ones(40, 256), None, around))
+    stack, expert = nf4.NF4Stack.of([q, q]), mx.array([0, 1])
+    mx.eval(nf4_matvec(ones(1, 256), stack.parts, 40, expert), matvec(ones(1, 256), mx.ones((2, 40, 256)), expert))
+    mx.eval(conv_step(ones(2, 140), mx.ones((70, 4)), mx.ones((70,)), ones(2, 3, 70)))
+    mx.eval(nf4_rows(mx.array([3]), q.parts, 256, dtype, mx.ones((5, 256)), mx.ones((40, 5)), 2.0))
+
+
 def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     names = {call.kernel.name for call in launches}
     wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
     wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "hidden_backward")}
     wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
-    wanted |= {
-        "add_rows",
-        "many_squares",
-        "many_join",
-        "many_narrow",
-        "adamw_fp32",
-        "adamw_fp16_v2",
-        "adamw_fp16_simd8",
-    }
+    wanted |= {"add_rows"} | {f"nf4_{part}" for part in ("quantize", "dequantize", "matvec", "rows")}
+    wanted |= {"matvec", "conv_step"} | {f"many_{part}" for part in ("squares", "join", "narrow")}
+    wanted |= {"adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
     assert wanted <= names
 
 
