@@ -7,7 +7,7 @@ On a Linux CPU three things decide the speed, all measured:
   a CPU computes in float32.
 - glibc hands blocks over 32 MB back to the system, so each large array page-faults anew. Two `mallopt` calls keep them.
 - MKL and our host kernels must share one OpenMP runtime, GNU's, or their threads fight over the cores.
-On macOS none of this applies: MLX brings Accelerate and Metal.
+On macOS none of this applies: MLX brings Accelerate and Metal. On an NVIDIA GPU launches go out one by one.
 """
 
 import ctypes
@@ -58,7 +58,15 @@ def _keep_large_blocks() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _launch_directly() -> None:
+    """MLX's CUDA build gathers launches in graphs, whose making takes the host longer than the launches themselves: a
+    step of production3b was bound by it. $MLX_USE_CUDA_GRAPHS decides otherwise.
+    """
+    os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+
+
 _keep_large_blocks()
+_launch_directly()
 BLAS = _load_blas()
 
 import mlx.core as mx  # noqa: E402
