@@ -16,7 +16,8 @@ from magellano.ops.adamw import Moments, Numbers, adamw
 
 STEP = "step"
 PARTS = ("m", "s", "peak")
-_SMALL_ON_GPU, _SMALL_ON_CPU = 1 << 20, 1 << 18  # elements; smaller tensors step together
+SMALL_ON_GPU, SMALL_ON_CPU = 1 << 20, 1 << 18  # elements; smaller tensors step together
+JOINED = 1 << 23  # elements that step together at most: their new values exist beside the old
 _WINDOW = 64  # steps whose numbers are made and uploaded at once
 
 
@@ -58,8 +59,8 @@ class AdamW:
     `learning_rate` is a number or a function of the step, from 0, which is asked for up to 64 steps ahead: on a GPU a
     step must upload nothing, for that costs more than the step. It may be set anew at any time.
 
-    `decays(name)` says which parameters weight decay touches; by default all. Small parameters of one kind step as one
-    flat tensor: a launch costs more than they do. The stochastic rounding of float16 states depends on the seed, the
+    `decays(name)` says which parameters weight decay touches; by default all. Small parameters of one kind step as few
+    flat tensors: a launch costs more than they do. The stochastic rounding of float16 states depends on the seed, the
     step, and which parameters step together.
 
     `state` is one flat dict: "step", and for each parameter NAME.m, NAME.s and, with AMSGrad, NAME.peak; it can be set
@@ -185,14 +186,18 @@ class AdamW:
             return
         self._settings = settings
         self.init(tree_unflatten([(name, current[name]) for name in grads if not self._known(name)]))
-        small: dict[Any, list[str]] = {}
+        small: dict[Any, list[list[str]]] = {}
         groups, self._alone = [], False  # the states may be someone's arrays
         for name, _, *dtypes in kinds:
-            if current[name].size < (_SMALL_ON_GPU if on_gpu() else _SMALL_ON_CPU):
-                small.setdefault((self.decays(name), *dtypes), []).append(name)
+            if current[name].size < (SMALL_ON_GPU if on_gpu() else SMALL_ON_CPU):
+                joined = small.setdefault((self.decays(name), *dtypes), [[]])
+                if sum(current[n].size for n in joined[-1]) + current[name].size > JOINED:
+                    joined.append([])
+                joined[-1].append(name)
             else:
                 groups.append([name])
-        self._groups, self._kinds = [self._group(names, current) for names in [*small.values(), *groups]], kinds
+        names = [*itertools.chain(*small.values()), *groups]
+        self._groups, self._kinds = [self._group(group, current) for group in names], kinds
 
     def _known(self, name: str) -> bool:
         return f"{name}.m" in self._loose or any(name in group.names for group in self._groups)

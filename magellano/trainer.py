@@ -102,6 +102,7 @@ class Trainer:
             found = self.backprop(batch, factor, scaled)
             grads = _added(grads, found.gradients) if c.accumulate > 1 else found.gradients
             nll += float(np.array(found.nll))
+            del found  # its gradients must not outlast the next pass
         norm = float(np.array(global_norm(grads))) / self.scale.value
         lr = cosine_with_warmup(self.step, c.lr, c.warmup, c.steps, c.min_lr_ratio)
         finite = bool(np.isfinite(norm) and np.isfinite(nll))
