@@ -188,15 +188,16 @@ def loss(s: Sizes) -> Parts:
 
 
 def optimiser(s: Sizes) -> Parts:
-    """New values beside the old: on a CPU the weights, where the states are written over; on a GPU weights and states,
-    one group after the other. Small tensors form groups, for which their gradients are joined.
+    """New values beside the old, of one group after the other, for a gradient goes with its step: on a CPU of weights
+    alone, since states are written over. Small tensors form groups, for which their gradients are joined.
     """
-    small = min(JOINED, sum(n for n in s.adapters if n < (SMALL_ON_GPU if s.gpu else SMALL_ON_CPU)))
-    if s.gpu:
-        new = FLOAT32 + 2 * s.state
-        largest = max((n for n in s.adapters if n >= SMALL_ON_GPU), default=0)
-        return {STEP: max((new + gradient_width(s)) * small, new * largest)}
-    return {STEP: max(2 * FLOAT32 * small, FLOAT32 * sum(s.adapters))}
+    border = SMALL_ON_GPU if s.gpu else SMALL_ON_CPU
+    small = min(JOINED, sum(n for n in s.adapters if n < border))
+    large = max((n for n in s.adapters if n >= border), default=0)
+    if not s.gpu:
+        return {STEP: FLOAT32 * max(small, large)}
+    new = FLOAT32 + 2 * s.state
+    return {STEP: max((new + gradient_width(s)) * small, new * large)}
 
 
 def gradient_width(s: Sizes) -> int:

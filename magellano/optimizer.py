@@ -144,19 +144,43 @@ class AdamW:
         every gradient on the way in; an array, such as `gradient_factor` makes, is never waited for. Where it is not
         finite, parameters and states stay as they are; whoever learns of that later says `take_back`.
         """
-        current, grads = dict(_flat(parameters)), dict(_flat(gradients))
+        new = self._stepped(dict(_flat(parameters)), dict(_flat(gradients)), learning_rate, factor)
+        leaves = iter([new[name] for name, _ in _flat(gradients)])
+        return tree_map(lambda _: next(leaves), gradients)
+
+    def consume(
+        self,
+        model: nn.Module,
+        gradients: dict[str, mx.array],
+        learning_rate: float | mx.array | None = None,
+        factor: float | mx.array = 1.0,
+    ) -> None:
+        """`update` by gradients by name, in a dict that is emptied: each goes once its step is taken, so that the new
+        parameters take its place in memory.
+        """
+        new = self._stepped(dict(_flat(model.trainable_parameters())), gradients, learning_rate, factor)
+        model.update(tree_unflatten(list(new.items())))
+
+    def _stepped(
+        self,
+        current: Mapping[str, mx.array],
+        grads: dict[str, mx.array],
+        learning_rate: float | mx.array | None,
+        factor: float | mx.array,
+    ) -> dict[str, mx.array]:
+        """The new parameters by name; empties `grads`."""
         self._arrange(current, grads)
         self._step += 1
         now, times = self._now(learning_rate), op.factor_numbers(factor)
         new: dict[str, mx.array] = {}
         for group in self._groups:
-            w, g = group.weights(current), _join([grads[name] for name in group.names])
+            w, g = group.weights(current), _join([grads.pop(name) for name in group.names])
             w, group.moments = adamw(w, g, group.moments, Numbers(now, group.own, times), in_place=self._alone)
             group.flat, group.given = w, _cut(w, group.shapes)
             new.update(zip(group.names, group.given, strict=True))
+            del w, g
         self._alone = True
-        leaves = iter([new[name] for name in grads])
-        return tree_map(lambda _: next(leaves), gradients)
+        return new
 
     def take_back(self) -> None:
         """Do not count the last step, whose factor was not finite."""
@@ -191,7 +215,7 @@ class AdamW:
         for name, _, *dtypes in kinds:
             if current[name].size < (SMALL_ON_GPU if on_gpu() else SMALL_ON_CPU):
                 joined = small.setdefault((self.decays(name), *dtypes), [[]])
-                if sum(current[n].size for n in joined[-1]) + current[name].size > JOINED:
+                if joined[-1] and sum(current[n].size for n in (*joined[-1], name)) > JOINED:
                     joined.append([])
                 joined[-1].append(name)
             else:

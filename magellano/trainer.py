@@ -108,7 +108,7 @@ class Trainer:
         finite = bool(np.isfinite(norm) and np.isfinite(nll))
         if finite:
             factor = c.clip_norm / max(norm, c.clip_norm) / self.scale.value  # clipping and unscaling in the same pass
-            self.optimizer.update(self.model, tree_unflatten(list(grads.items())), lr, factor)
+            self.optimizer.consume(self.model, grads, lr, factor)
             self.optimizer.evaluate(self.model.trainable_parameters())
         self.scale.update(finite)
         self.step += 1

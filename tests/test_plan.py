@@ -101,6 +101,7 @@ def test_production3b_by_part_on_a_gpu():
     [
         ("production3b", 4, True, 4.0),
         ("production3b", 1, True, 3.5),
+        ("production3b", 1, False, 4.0),
         ("phase3", 4, True, 2.1e9 / plan.GIB),
         ("phase2", 4, True, 0.8),  # of 0.7 GB; all but 0.3 is what the loss of 512 rows needs
         ("phase3", 4, False, 2.1e9 / plan.GIB),
@@ -147,8 +148,10 @@ def test_the_largest_batch_and_length_are_the_last_that_fit():
         return plan.fine_tune(plan.resized(profile, batch, seq_len), True).total <= limit
 
     length, step = profile.data.seq_len, plan.LENGTHS
-    assert fits(found["batch"], length) and not fits(found["batch"] + 1, length)
-    assert fits(1, found["seq_len"]) and not fits(1, found["seq_len"] + step)
+    assert fits(found["batch"], length)
+    assert not fits(found["batch"] + 1, length)
+    assert fits(1, found["seq_len"])
+    assert not fits(1, found["seq_len"] + step)
     assert plan.largest(profile, True, 1 << 30) == {"batch": 0, "seq_len": 0}
 
 
@@ -170,9 +173,9 @@ def test_a_limit_is_met_by_a_smaller_chunk_of_the_loss(caplog: pytest.LogCapture
 
 def test_a_limit_that_no_chunk_meets_is_refused():
     profile = sized("phase1", 1, 512, **{"memory.limit_gib": 0.1})
-    with pytest.raises(OutOfMemory, match=r"phase1: training needs about 0\.\d+ GiB, memory\.limit_gib is 0\.1"):
-        with memory.hold(profile):
-            raise AssertionError("must not start")
+    said = r"phase1: training needs about 0\.\d+ GiB, memory\.limit_gib is 0\.1"
+    with pytest.raises(OutOfMemory, match=said), memory.hold(profile):
+        raise AssertionError("must not start")
 
 
 def test_without_a_limit_a_cpu_is_not_held():

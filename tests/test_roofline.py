@@ -56,7 +56,8 @@ def test_the_ceilings_of_this_machine_are_of_sane_size():
     assert 1e8 < found.bandwidth < 1e14
     assert 1e6 < found.scan < 1e13
     assert 1e-7 < found.launch < 0.1
-    assert found.memory is not None and found.memory > 1 << 28
+    assert found.memory is not None
+    assert found.memory > 1 << 28
 
 
 def test_an_unknown_machine_is_refused_by_name():
