@@ -105,6 +105,7 @@ def _failing(error: BaseException) -> Any:
 
 BAD_INPUT = [
     (["plan", "dem"], "did you mean 'demo'"),
+    (["plan", "demo", "--on", "m5"], "one of m4, h100, h200"),
     (["train", "no/such.toml"], "no/such.toml: no such profile file"),
     (["train", "demo", "--set", "train.step=3"], "did you mean 'train.steps'"),
     (["train", "demo", "--set", "train.steps"], "section.key=value"),
@@ -165,6 +166,28 @@ def test_plan_says_when_it_does_not_fit(capsys: pytest.CaptureFixture[str]):
     fits, too_small = (run(capsys, "plan", "demo", "--set", f"memory.limit_gib={gib}")[1] for gib in ("4.0", "0.01"))
     assert "does not fit" not in fits
     assert "does not fit" in too_small
+
+
+def test_plan_on_a_known_machine_tells_time_and_what_fits(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = run(capsys, "plan", "production3b", "--on", "m4", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["tokens_per_s"] == pytest.approx(facts["tokens_per_step"] / facts["step_s"])
+    assert facts["machine_memory_bytes"] == 12 << 30  # a quarter of 16 is the system's
+    assert facts["largest"]["batch"] >= 4
+    assert facts["claimed_needs_tflop_s"] == pytest.approx(
+        2400 * facts["flops_per_step"] / facts["tokens_per_step"] / 1e12
+    )
+    code, out, _ = run(capsys, "plan", "production3b", "--on", "m4")
+    assert code == 0
+    assert f"2,400 tokens/s would need about {facts['claimed_needs_tflop_s']:,.3g} TFLOP/s" in out
+    assert "assumed" in out
+
+
+def test_plan_measures_this_machine(capsys: pytest.CaptureFixture[str]):
+    facts = json.loads(run(capsys, "plan", "demo", "--json")[1])
+    assert facts["on"]["source"] == "measured now"
+    assert facts["step_s"] == pytest.approx(sum(facts["step_parts_s"].values()))  # on a CPU nothing overlaps
 
 
 def test_info_tells_the_back_end_and_why(capsys: pytest.CaptureFixture[str]):

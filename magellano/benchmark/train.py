@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from magellano import plan
+from magellano import memory, plan, roofline
 from magellano.backend import mx, on_gpu
 from magellano.benchmark import machine, synthetic
 from magellano.profile import Profile
@@ -18,10 +18,11 @@ WARM_UP = 3  # steps: kernels are compiled at first use
 
 def run(profile: Profile, steps: int = 10) -> dict[str, Any]:
     """Times in ms, median and best of `steps` steps after a few that warm up; peak memory in GiB."""
-    rate = machine.matmul_rate()
+    ceilings = roofline.measured()
+    rate = ceilings.matmul
     mx.clear_cache()
-    planned = plan.fine_tune(profile, wide_compute=not on_gpu())
-    with tempfile.TemporaryDirectory() as folder:
+    with memory.hold(profile) as (profile, held), tempfile.TemporaryDirectory() as folder:
+        planned = plan.fine_tune(profile, on_gpu())
         model = synthetic.model(profile)
         weights = mx.get_active_memory()
         trainer = Trainer(model, profile.train, synthetic.tokens(Path(folder), profile))
@@ -38,11 +39,13 @@ def run(profile: Profile, steps: int = 10) -> dict[str, Any]:
         "seq_len": profile.data.seq_len,
         "compute": str(model.compute).removeprefix("mlx.core."),
         "step_ms": seconds * 1e3,
+        "planned_step_ms": roofline.step(profile, ceilings).seconds * 1e3,
         "best_step_ms": min(m.seconds for m in taken) * 1e3,
         "tokens_per_s": planned.tokens_per_step / seconds,
         "peak_gib": mx.get_peak_memory() / (1 << 30),
         "weights_gib": weights / (1 << 30),
-        "planned_gib": planned.total / (1 << 30),
+        **held,
+        "planned_moment": planned.moment,
         "tflop_s": planned.flops_per_step / seconds / 1e12,
         "matmul_tflop_s": rate / 1e12,
         "share_of_matmul": planned.flops_per_step / seconds / rate,
