@@ -19,10 +19,9 @@ from magellano.names import LayerKind, LoraTarget
 from magellano.ops import causal_conv, selective_scan
 from magellano.profile import Profile
 
-# The share of a square product's rate that a step's products reach together. GPU: not measured for a whole step yet;
-# the experts' products alone reach 0.75 to 0.9, the thin ones of adapters and small projections far less. CPU: demo and
-# phase1 at several sizes need 0.5 to 1.0 on two busy cores.
-GPU_EFFICIENCY, CPU_EFFICIENCY = 0.6, 0.7
+# The share of a square product's rate that a step's products reach together. GPU: what production3b's step of 16 x 512
+# on an H100 (274 ms) leaves for them. CPU: demo and phase1 at several sizes need 0.5 to 1.0 on two busy cores.
+GPU_EFFICIENCY, CPU_EFFICIENCY = 0.7, 0.7
 # Of a layer forward, forward again and backward; of a chunk of the loss; of a trainable tensor in the norm and the
 # optimiser. On a CPU in calls of a kernel, which cost several operations (demo with 32 tokens: 0.13 s and no more).
 LAYER_LAUNCHES = {True: {LayerKind.MAMBA: 90, LayerKind.MOE: 130}, False: {LayerKind.MAMBA: 45, LayerKind.MOE: 70}}
@@ -54,14 +53,14 @@ KNOWN = {
         "float16 products; the scan in proportion to an H200's float32 arithmetic; 8 microseconds a launch",
     ),
     "h100": Machine(
-        "NVIDIA H100 SXM", True, 650e12, 2.9e12, 4.3e11, 3.5e-6, 80 * 10**9,
-        "989 TFLOP/s, 3.35 TB/s and 80 GB as sold, of these 650 and 2.9 as products and copies usually reach; the scan "
-        "and launches as on an H200",
+        "NVIDIA H100 SXM", True, 650e12, 2.5e12, 1.2e12, 16e-6, 80 * 10**9,
+        "products of 615 to 681 TFLOP/s, copies of 2.3 to 2.6 TB/s, the scan, and 16 microseconds of the host's time a "
+        "launch as measured on one; 80 GB as sold",
     ),
     "h200": Machine(
-        "NVIDIA H200", True, 690e12, 4.1e12, 4.3e11, 3.5e-6, 141 * 10**9,
-        "products of 683 to 697 TFLOP/s, the scan and 3.5 microseconds a launch as measured on one; 4.8 TB/s and 141 "
-        "GB as sold, of the former 4.1 as copies usually reach",
+        "NVIDIA H200", True, 690e12, 4.1e12, 1.2e12, 16e-6, 141 * 10**9,
+        "products of 683 to 697 TFLOP/s as measured on one; 4.8 TB/s and 141 GB as sold, of the former 4.1 as copies "
+        "usually reach; the scan and launches as on an H100",
     ),
 }  # fmt: skip
 
