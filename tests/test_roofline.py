@@ -35,7 +35,8 @@ def test_time_follows_tokens_and_micro_batches(name: str):
 
     once, larger = seconds(**{"train.batch": 4}), seconds(**{"train.batch": 16})
     assert 2.5 * once < larger < 4 * once  # weights are made dense once, whatever the batch
-    assert 1.9 * once < seconds(**{"train.batch": 4, "train.accumulate": 2}) < 2 * once
+    # two micro-batches, but one optimiser step, whose launches are a tenth where launches bind
+    assert 1.7 * once < seconds(**{"train.batch": 4, "train.accumulate": 2}) < 2 * once
 
 
 def test_an_m4_is_bound_by_its_products_and_cannot_do_what_was_claimed():
