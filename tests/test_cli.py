@@ -274,3 +274,27 @@ def test_a_run_that_is_not_there(command: str, home: Path, capsys: pytest.Captur
     assert code == 2
     assert "nothing" in err
     assert not home.exists()
+
+
+def test_a_training_steps_trace_names_its_parts_and_draws_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    small = ["train.batch=1", "data.seq_len=32"]
+    code, out, _ = run(
+        capsys, "benchmark", "train", "--steps", "1", "--trace", "--json", *[x for s in small for x in ("--set", s)]
+    )  # fmt: skip
+    assert code == 0
+    facts = json.loads(out)
+    parts = {row["part"]: row for row in facts["trace"]}
+    wanted = {"projections", "scan", "convolution", "experts", "head and loss", "optimiser", "dequantisation"}
+    assert wanted | {"embedding", "host and the rest"} == set(parts)
+    assert sum(row["share"] for row in parts.values()) == pytest.approx(1)
+    assert parts["head and loss"]["extra_mb"] > 0
+    assert (tmp_path / facts["picture"]).stat().st_size > 0
+
+
+def test_a_trace_belongs_to_training(capsys: pytest.CaptureFixture[str]):
+    code, _, err = run(capsys, "benchmark", "scan", "--trace")
+    assert code == 2
+    assert "--trace belongs to train" in err
