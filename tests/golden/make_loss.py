@@ -1,4 +1,5 @@
-"""Makes tests/golden/loss.json: losses of 30 training steps of a tiny model, all parameters and adapters alone, float32.
+"""Makes tests/golden/loss.json: losses of 30 training steps of a tiny model in float32, with all parameters and with
+adapters alone.
 
 Run it from a checkout whose numbers are trusted: `python tests/golden/make_loss.py > tests/golden/loss.json`. The file
 in the repository was made by the version that took gradients through MLX's own graph of the whole model, so that what
