@@ -107,7 +107,10 @@ def _borders(reset_BT: Tensor, taps: int) -> tuple[list[Tensor | None], list[Ten
 
 
 def _conv(x_BTI: Tensor, weight_I1K: Tensor, bias_I: Tensor, same: list[Tensor | None]) -> Tensor:
-    """Tap by tap: twice as fast here as F.conv1d(groups=I), which cannot be cut at borders either."""
+    """F.conv1d where nothing is cut; else tap by tap, which takes 0.9 to 1.5 times as long."""
+    if not any(mask is not None for mask in same):
+        padded = F.pad(x_BTI.transpose(1, 2), (len(same), 0))
+        return F.conv1d(padded, weight_I1K, bias_I, groups=bias_I.shape[0]).transpose(1, 2)
     T, taps = x_BTI.shape[1], weight_I1K.unbind(dim=-1)
     y = x_BTI * taps[-1][:, 0] + bias_I
     for m, mask in enumerate(same, start=1):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from magellano import state
+from magellano import activations, state
 from magellano.backend import compute_dtype, mx, nn, tree_flatten, tree_map, tree_unflatten
 from magellano.data import shards
 from magellano.errors import Stopped
@@ -66,11 +66,12 @@ class Metrics:
 class Trainer:
     """Trains what is trainable in `model` on the split `train` of a tokens folder."""
 
-    def __init__(self, model: MagellanoLM, config: TrainConfig, tokens: Path):
+    def __init__(self, model: MagellanoLM, config: TrainConfig, tokens: Path, limit_gib: float = 0.0):
+        """`limit_gib`: as the profile's [memory]; 0: none."""
         self.model, self.config = model, config
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
-        model.checkpointing = True
+        model.checkpointing = activations.recomputes(model, config, config.batch * self.train.seq_len, limit_gib)
         self.routers = any(name.endswith("router.weight") for name in dict(tree_flatten(model.trainable_parameters())))
         decays = {spec.name for spec in parameters(model.config) if spec.decays}
         self.optimizer = AdamW(

@@ -22,7 +22,7 @@ def run(
     """Train the adapter by [train]; resumes from `work`. Raises Stopped on a signal, with the state saved."""
     _check_limit(profile)
     model = loader.load_release(adapter, base, profile.train.compute)
-    trainer = Trainer(model, profile.train, tokens)
+    trainer = Trainer(model, profile.train, tokens, profile.memory.limit_gib)
     facts = run_to_end(trainer, work, progress)
     lora.save(out, profile.model, profile.lora, trainer.tensors())
     mx.save_safetensors(str(out / OPTIMIZER), dict(tree_flatten(trainer.optimizer.state)))

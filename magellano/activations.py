@@ -1,0 +1,60 @@
+"""Whether layers are made again in the backward pass, or their activations kept: a third of a step's time against
+memory.
+
+Shapes: D d_model, I d_inner, N d_state, R dt_rank, F d_ff; rows = batch * length.
+"""
+
+from magellano.backend import compute_dtype, nn, on_gpu, tree_flatten
+from magellano.info import memory_bytes
+from magellano.model import MagellanoLM
+from magellano.names import LayerKind, Recompute
+from magellano.nf4 import NF4Tensor
+from magellano.profile import ModelConfig, TrainConfig
+
+SHARE = 0.25  # of the machine's memory, that a CPU run may take to be faster
+_FLOAT32 = 4
+
+
+def recomputes(model: MagellanoLM, config: TrainConfig, rows: int, limit_gib: float = 0.0) -> bool:
+    """What config.recompute means for this model and `rows` rows at once. "auto" on a CPU: False where the run with all
+    activations kept takes at most SHARE of the machine's memory and no more than `limit_gib`, if there is one. The same
+    on every start on one machine, so that a resumed run repeats the bits.
+    """
+    if config.recompute is not Recompute.AUTO:
+        return config.recompute is Recompute.ALWAYS
+    memory = memory_bytes()
+    if on_gpu() or memory is None:
+        return True
+    most = min(SHARE * memory, limit_gib * (1 << 30) or float("inf"))
+    return held(model) + kept(model, rows, compute_dtype(config.compute).size) > most
+
+
+def held(model: MagellanoLM) -> int:
+    """Bytes of the weights, and of the gradients and the optimiser's float32 states of those that train."""
+    trainable = sum(a.size for a in dict(tree_flatten(model.trainable_parameters())).values())
+    weights = sum(a.nbytes for a in dict(tree_flatten(model.parameters())).values())
+    return weights + sum(map(_quantized, model.modules())) + 3 * _FLOAT32 * trainable
+
+
+def _quantized(module: nn.Module) -> int:
+    found = module.get("quantized", ())
+    return sum(w.nbytes for w in ((found,) if isinstance(found, NF4Tensor) else found))
+
+
+def kept(model: MagellanoLM, rows: int, width: int) -> int:
+    """Bytes of all layers' activations at `width` bytes a value: each value with its gradient, since MLX keeps both
+    while a gradient is being made. Measured on a CPU: 0.87 to 1.04 times what the demo and phase1 take.
+    """
+    adapted = any("lora_a" in module for module in model.modules())
+    kinds = [layer.kind for layer in model.backbone.layers]
+    return 2 * width * rows * sum(_values(model.config, kind, adapted) for kind in kinds)
+
+
+def _values(c: ModelConfig, kind: LayerKind, adapted: bool) -> int:
+    """A row's activations in one layer. An adapted projection has three results: the base's, the adapter's, the sum."""
+    results, d, i, f = 3 if adapted else 1, c.d_model, c.d_inner, c.d_ff
+    if kind is LayerKind.MAMBA:
+        # projections to 2I, R + 2N, I and D; both streams cut out, after the convolution, after the scan; norm, sum
+        return results * (3 * i + c.dt_rank + 2 * c.d_state + d) + 4 * i + 2 * d
+    # per copy of a token: gathered, w1, after relu, w2; and per token norm, mixture and sum
+    return c.top_k * (results * (f + d) + f + d) + 3 * d
