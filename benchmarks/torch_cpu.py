@@ -217,15 +217,13 @@ def show(facts: dict[str, Any]) -> None:
     for name in ("ours", "torch"):
         f = facts[name]
         rounds = ", ".join(f"{s:.3f}" for s in f["step_s_by_round"])
-        print(
-            f"  {name:6} {f['tokens_per_s']:8,.0f} tokens/s  {1 / f['step_s']:7.3f} steps/s  {f['resident_gb']:5.2f} GB "
-            f"resident  (s a step: {rounds}; fastest {f['fastest_step_s']:.3f})"
+        speed = (
+            f"{f['tokens_per_s']:8,.0f} tokens/s  {1 / f['step_s']:7.3f} steps/s  {f['resident_gb']:5.2f} GB resident"
         )
+        print(f"  {name:6} {speed}  (s a step: {rounds}; fastest {f['fastest_step_s']:.3f})  {f['form']}")
         print(f"         losses {' '.join(f'{loss:.5f}' for loss in f['losses'][:SHOWN])}")
     print(f"  ours over torch {facts['ratio']:.2f}, by the fastest steps {facts['ratio_of_fastest_steps']:.2f}")
-    print(
-        f"  ours: {facts['ours']['form']}; torch: {facts['torch']['form']}; losses differ by at most {facts['largest_difference']:.1e}"
-    )
+    print(f"  losses differ by at most {facts['largest_difference']:.1e}")
 
 
 def main() -> None:

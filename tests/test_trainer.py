@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from magellano import lora, nf4, state
+from magellano import trainer as trainer_module
 from magellano.backend import mx
 from magellano.data import shards
 from magellano.errors import Stopped
@@ -165,6 +166,34 @@ def test_float16_with_loss_scaling_follows_float32(tokens: Path) -> None:
         a, b = half.one_step(), full.one_step()
         assert not a.skipped
         assert a.loss == pytest.approx(b.loss, rel=5e-3)
+
+
+def test_a_resumed_float16_run_continues_with_its_loss_scale(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first scale that overflows is halved; three good steps double it, and those before the checkpoint count."""
+    monkeypatch.setattr(trainer_module, "SCALE_START", 2.0**30)
+    monkeypatch.setattr(trainer_module, "SCALE_GROWTH_STEPS", 3)
+    config = CONFIG.model_copy(update={"compute": Compute.FLOAT16, "steps": 40})
+    whole, first = adapter_trainer(tokens, config), adapter_trainer(tokens, config)
+    while not (whole.scale.value < 2.0**30 and whole.scale.good == 2):
+        whole.one_step()
+        first.one_step()
+        assert whole.step < 30, "it settles"
+    first.save(tmp_path)
+    found = state.latest(tmp_path)
+    assert found is not None
+    assert found.facts["loss_scale"] == {"value": whole.scale.value, "good": 2, "dynamic": True}
+    second = adapter_trainer(tokens, config)
+    assert second.resume(tmp_path)
+    assert second.scale == first.scale
+    scales = []
+    for _ in range(4):
+        assert second.one_step().loss == whole.one_step().loss
+        assert second.scale == whole.scale
+        scales.append(second.scale.value)
+    assert scales[0] == 2 * first.scale.value, "the third good step in a row"
+    assert digest(second) == digest(whole)
 
 
 def test_an_all_masked_batch_counts_nothing(tokens: Path) -> None:
