@@ -1,9 +1,10 @@
 """The Mamba-MoE of magellano/model.py in plain PyTorch with autograd, as fast as its eager operations make it on a CPU.
 
 What was chosen for speed: the scan walks over `unbind`ed steps (a[:, t] has a gradient of a's whole size) in the faster
-of two forms, measured at the start; each expert is a parameter of its own, so that no gradient is a zero-filled
-stack, and works on its tokens alone; no gradient checkpointing; masks of document borders only where there are any;
-AdamW is the fused one. The frozen base of a fine-tune is dense float32, so nothing is dequantised.
+of two forms, measured at the start; each expert is a parameter of its own, so that no gradient is a zero-filled stack,
+and works on its tokens alone; the head sees only rows that count; no gradient checkpointing; masks of document borders
+only where there are any; AdamW is the fused one. The frozen base of a fine-tune is dense float32, so nothing is
+dequantised.
 
 Shapes: B batch, T time, D d_model, I d_inner, N d_state, R dt_rank, K d_conv, E experts, V vocabulary, M = B*T rows.
 """
@@ -47,8 +48,10 @@ class Model:
                 y_MD, more_balance, more_z = self._moe(u_BTD.flatten(0, 1), f"{at}.mixer")
                 h_BTD, balance, z = h_BTD + y_MD.view_as(h_BTD), balance + more_balance, z + more_z
         h_MD = self._norm(h_BTD, "backbone.norm_f.weight").flatten(0, 1)
-        targets_M = torch.where(weights_BT > 0, targets_BT, -100).flatten()
-        nll = F.cross_entropy(self._linear(h_MD, head), targets_M, ignore_index=-100, reduction="sum")
+        counted = weights_BT.flatten().nonzero()[:, 0]
+        if len(counted) < len(h_MD):
+            h_MD = h_MD[counted]
+        nll = F.cross_entropy(self._linear(h_MD, head), targets_BT.flatten()[counted], reduction="sum")
         return nll, balance, z
 
     def _norm(self, x: Tensor, name: str) -> Tensor:

@@ -103,14 +103,23 @@ class MagellanoLM(nn.Module):
         return self.backbone.norm_f(h_BTD), losses
 
     def loss_sum(
-        self, tokens_BT: mx.array, targets_BT: mx.array, weights_BT: mx.array, reset_BT: mx.array, chunk: int
+        self,
+        tokens_BT: mx.array,
+        targets_BT: mx.array,
+        weights_BT: mx.array,
+        reset_BT: mx.array,
+        chunk: int,
+        counted: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """Sum of weight * -log p(target) in nats, and the routers' losses [2]; `chunk` rows of logits at once."""
+        """Sum of weight * -log p(target) in nats, and the routers' losses [2]; `chunk` rows of logits at once.
+        `counted`: the rows 0 .. B*T-1 whose weight is not 0, if the head is to see them alone.
+        """
         h_BTD, losses = self.hidden(tokens_BT, reset_BT)
-        x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
-        return linear_cross_entropy(
-            x_MD, w, targets_BT.reshape(-1), weights_BT.reshape(-1), u_Mr, b_Vr, chunk, frozen=u_Mr is not None
-        ), losses
+        h_MD, target_M, weight_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
+        if counted is not None:
+            h_MD, target_M, weight_M = h_MD[counted], target_M[counted], weight_M[counted]
+        x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_MD)
+        return linear_cross_entropy(x_MD, w, target_M, weight_M, u_Mr, b_Vr, chunk, frozen=u_Mr is not None), losses
 
     def scores(
         self, tokens_BT: mx.array, targets_BT: mx.array, reset_BT: mx.array, chunk: int = 512

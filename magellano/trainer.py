@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from magellano import activations, state
-from magellano.backend import compute_dtype, mx, nn, tree_flatten, tree_map, tree_unflatten
+from magellano.backend import compute_dtype, mx, nn, on_gpu, tree_flatten, tree_map, tree_unflatten
 from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import parameters
@@ -87,7 +87,10 @@ class Trainer:
     def _loss(self, batch: shards.Batch, total: float, scale: float) -> tuple[mx.array, mx.array]:
         tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
         weights, reset = mx.array(batch.weights), mx.array(batch.reset)
-        nll, routers = self.model.loss_sum(tokens, targets, weights, reset, self.config.loss_chunk)
+        rows = np.flatnonzero(batch.weights)
+        # the head is a good part of a step, and a completion's prompt has no loss; a GPU wants steps of one shape
+        counted = mx.array(rows) if 0 < rows.size < batch.weights.size and not on_gpu() else None
+        nll, routers = self.model.loss_sum(tokens, targets, weights, reset, self.config.loss_chunk, counted)
         objective = nll / total
         if self.routers:
             c = self.config

@@ -10,7 +10,7 @@ import pytest
 
 from magellano import lora, nf4, state
 from magellano import trainer as trainer_module
-from magellano.backend import mx
+from magellano.backend import mx, tree_flatten
 from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import ParamSpec
@@ -194,6 +194,28 @@ def test_a_resumed_float16_run_continues_with_its_loss_scale(
         scales.append(second.scale.value)
     assert scales[0] == 2 * first.scale.value, "the third good step in a row"
     assert digest(second) == digest(whole)
+
+
+def test_rows_that_do_not_count_need_no_head(tokens: Path) -> None:
+    """The same loss and gradient whether the head sees all rows or the counted ones alone."""
+    some, every = adapter_trainer(tokens), adapter_trainer(tokens)
+    batch = some.train.batch(range(4))
+    rows = np.flatnonzero(batch.weights)
+    assert 0 < rows.size < batch.weights.size
+    arrays = [mx.array(a) for a in (batch.tokens, batch.targets, batch.weights, batch.reset)]
+
+    def gradient(t: Trainer, counted: mx.array | None) -> tuple[mx.array, dict[str, mx.array]]:
+        def loss(parameters: dict) -> mx.array:
+            t.model.update(parameters)
+            return t.model.loss_sum(*arrays, 8, counted)[0]
+
+        value, grads = mx.value_and_grad(loss)(t.model.trainable_parameters())
+        return value, dict(tree_flatten(grads))
+
+    (a, da), (b, db) = gradient(some, mx.array(rows)), gradient(every, None)
+    assert a.item() == pytest.approx(b.item(), rel=1e-6)
+    for name, value in da.items():
+        assert mx.allclose(value, db[name], rtol=1e-4, atol=1e-5).item(), name
 
 
 def test_an_all_masked_batch_counts_nothing(tokens: Path) -> None:
