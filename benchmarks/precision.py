@@ -53,7 +53,7 @@ def train(profile: Profile, tokens: Path, name: str, compute: Compute, order: in
     assert profile.pretrain is not None
     config = profile.pretrain.train.model_copy(update={"compute": compute, "seed": order})
     model = MagellanoLM(profile.model, seeded(profile.base.seed), compute_dtype(compute))
-    trainer, taken = Trainer(model, config, tokens), []
+    trainer, taken = Trainer(model, config, tokens, profile.loss, profile.memory.limit_gib), []
     with shown(name) as progress:
         for step in range(config.steps):
             taken.append(trainer.one_step())

@@ -33,7 +33,7 @@ def one_step(root: Path, profile: Profile) -> dict[str, Any]:
     tokenize.run(tokens, profile.data, profile.model.vocab_size, silent)
     attach_lora.run(adapter, profile, root / "quantize" / "base")
     model = loader.load_release(adapter, root / "quantize" / "base", profile.train.compute)
-    metrics = Trainer(model, profile.train, tokens).one_step()
+    metrics = Trainer(model, profile.train, tokens, profile.loss, profile.memory.limit_gib).one_step()
     return {"loss": metrics.loss, "peak_gib": metrics.peak_gib, "step_s": metrics.seconds}
 
 

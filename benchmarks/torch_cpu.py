@@ -77,11 +77,8 @@ def prepare(root: Path, profile: Profile, what: str) -> dict[str, Any]:
 
 def _dense(weight: Any) -> Any:
     from magellano.backend import mx
-    from magellano.nf4 import NF4Tensor
 
-    if isinstance(weight, NF4Tensor):
-        return weight.dequantize()
-    return mx.stack([w.dequantize() for w in weight]) if isinstance(weight, list) else weight
+    return weight if isinstance(weight, mx.array) else weight.dequantize()
 
 
 def ours(root: Path, profile: Profile, what: str, steps: int) -> dict[str, Any]:
@@ -96,13 +93,13 @@ def ours(root: Path, profile: Profile, what: str, steps: int) -> dict[str, Any]:
         model = loader.load_release(root / "adapter", root / "base", config.compute)
     else:
         model = MagellanoLM(profile.model, seeded(profile.base.seed), compute_dtype(config.compute))
-    trainer = Trainer(model, config, root / "tokens")
+    trainer = Trainer(model, config, root / "tokens", profile.loss, profile.memory.limit_gib)
     taken = [trainer.one_step() for _ in range(steps)]
-    return {"losses": [m.loss for m in taken], "steps_s": [m.seconds for m in taken], "form": _form(model)}
+    return {"losses": [m.loss for m in taken], "steps_s": [m.seconds for m in taken], "form": _form(trainer)}
 
 
-def _form(model: Any) -> str:
-    return "layers recomputed" if model.checkpointing else "activations kept"
+def _form(trainer: Any) -> str:
+    return "activations kept" if trainer.backprop.keeps else "layers recomputed"
 
 
 def torchs(root: Path, profile: Profile, what: str, steps: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ typedef __nv_bfloat16 bfloat16_t;
 #define SIMD_W 32
 #define LD(p, i) float((p)[i])
 #define ST(T, p, i, v) (p)[i] = static_cast<T>(v)
+#define ST_HALF_BITS(p, i, bits) (p)[i] = __ushort_as_half(static_cast<ushort>(bits))
 #define LANES
 #define LANES_SUM(a)
 #define LANES_SUM2(a, b)
@@ -42,13 +43,29 @@ __device__ __forceinline__ k_uint3 k_u3(unsigned x, unsigned y, unsigned z) { k_
 __device__ __forceinline__ float k_simd_sum(float v) { for (int o = 16; o > 0; o >>= 1) v += SIMD_XOR(v, o); return v; }
 __device__ __forceinline__ float k_simd_max(float v) { for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, SIMD_XOR(v, o)); return v; }
 __device__ __forceinline__ float fexp2(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
-__device__ __forceinline__ float frcp(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ float frcp(float x) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 __device__ __forceinline__ unsigned k_f2u(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float k_u2f(unsigned x) { return __uint_as_float(x); }
 __device__ __forceinline__ float k_sqrt_fast(float x) { float r; asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
-template <class T, int N> struct alignas(16) k_pack { T v[N]; };
+// Aligned to its size where that is a power of two up to 16, else to that size's largest such factor.
+#define K_FACTOR(bytes) (((bytes) & (~(bytes) + 1)) < 16 ? (bytes) & (~(bytes) + 1) : 16)
+template <class T, int N> struct alignas(K_FACTOR(sizeof(T) * N)) k_pack { T v[N]; };
 #define PACK(T, N) k_pack<T, N>
 #define LD_PACK(T, N, p, i) reinterpret_cast<const k_pack<T, N>*>(p)[i]
+#define LD_WORDS(N, p, i) LD_PACK(uint, N, p, i)
 #define ST_PACK(T, N, p, i, value) reinterpret_cast<k_pack<T, N>*>(p)[i] = value
 #define PACKABLE(p) ((reinterpret_cast<size_t>(p) & 15) == 0)
+__device__ __forceinline__ unsigned k_bits(float v) { return __float_as_uint(v); }
+__device__ __forceinline__ unsigned k_bits(__half v) { return __half_as_ushort(v); }
+__device__ __forceinline__ unsigned k_bits(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
+template <class T> struct k_part {};
+template <> struct k_part<float> { static __device__ __forceinline__ float of(unsigned w, int) { return __uint_as_float(w); } };
+template <> struct k_part<__half> {
+  static __device__ __forceinline__ float of(unsigned w, int i) { return __half2float(__ushort_as_half(ushort(i ? w >> 16 : w & 0xffffu))); }
+};
+template <> struct k_part<__nv_bfloat16> {
+  static __device__ __forceinline__ float of(unsigned w, int i) { return __uint_as_float(i ? w & 0xffff0000u : w << 16); }
+};
+#define BITS(p, i) k_bits((p)[i])
+#define LD_BITS(T, word, i) k_part<T>::of(word, i)
 #define inline __device__ __forceinline__  // for the functions of common.h and of a kernel's own header, which follow

@@ -65,6 +65,7 @@ template <class V> static inline float k_ld(const V* p, size_t i) { return (floa
 template <class V> static inline void k_st(V* p, size_t i, float v) { p[i] = (V)v; }
 #define LD(p, i) k_ld(p, i)
 #define ST(T, p, i, v) k_st(p, i, v)
+#define ST_HALF_BITS(p, i, bits) (p)[i].u = (uint16_t)(bits)
 
 // 2^x to 2e-7 relative; below 2^-126 it stays at 2^-126.
 static inline float fexp2(float x) {
@@ -85,5 +86,13 @@ static inline float frcp(float x) { return 1.0f / x; }
 template <class T, int N> struct k_pack { T v[N]; };
 #define PACK(T, N) k_pack<T, N>
 #define LD_PACK(T, N, p, i) ((const k_pack<T, N>*)(p))[i]
+#define LD_WORDS(N, p, i) LD_PACK(uint, N, p, i)
 #define ST_PACK(T, N, p, i, value) ((k_pack<T, N>*)(p))[i] = value
 #define PACKABLE(p) true
+static inline uint k_bits(float v) { return k_f2u(v); }
+static inline uint k_bits(half v) { return v.u; }
+static inline uint k_bits(bfloat v) { return v.u; }
+template <class T> static inline float k_part(uint w, int i) { const T v = {(uint16_t)(i ? w >> 16 : w)}; return k_ld(&v, 0); }
+template <> inline float k_part<float>(uint w, int) { return k_u2f(w); }
+#define BITS(p, i) k_bits((p)[i])
+#define LD_BITS(T, word, i) k_part<T>(word, i)

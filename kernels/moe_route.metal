@@ -2,42 +2,57 @@
 // the token copies counted by expert, and the order that sorts them by expert: a counting sort, stable, without atomics.
 //
 // Sizes: logits [M,EXPERTS]; gate, expert, rank [M,K]; order [M*K]; counts [EXPERTS]. rank: how many earlier copies went to the same
-// expert. One threadgroup of TH threads makes it all; a thread takes a run of neighbouring tokens.
+// expert. One threadgroup of TH threads makes it all; a thread takes a run of neighbouring tokens, fewer than 65536 / K.
+  constexpr int GROUPS = TH / SIMD_W;
   const int M = logits_shape[0], l = thread_index_in_threadgroup, share = (M + TH - 1) / TH;
   const int begin = l * share < M ? l * share : M, end = begin + share < M ? begin + share : M;
-  threadgroup int count[EXPERTS * TH];  // of expert e in thread t: at e * TH + t
-  threadgroup int first[EXPERTS];       // of each expert in the order
+  threadgroup ushort count[EXPERTS * TH];        // copies to expert e of thread t, at e * TH + t; then of the threads before it in its group
+  threadgroup int group_count[EXPERTS * GROUPS];  // of group g, at e * GROUPS + g; then of the groups before it
+  threadgroup int first[EXPERTS];                // of each expert in the order
   for (int e = 0; e < EXPERTS; ++e) count[e * TH + l] = 0;
   for (int row = begin; row < end; ++row) {
+    float v[EXPERTS], p[K];
+    bool taken[EXPERTS];
+    REGS for (int e = 0; e < EXPERTS; ++e) {
+      v[e] = LD(logits, row * EXPERTS + e);
+      taken[e] = false;
+    }
     float largest = 0.0f, total = 0.0f;
-    for (int k = 0; k < K; ++k) {
+    REGS for (int k = 0; k < K; ++k) {
       int best = -1;
       float top = 0.0f;
-      for (int e = 0; e < EXPERTS; ++e) {  // of equal logits the first
-        bool taken = false;
-        for (int j = 0; j < k; ++j) taken = taken || expert[row * K + j] == e;
-        const float v = LD(logits, row * EXPERTS + e);
-        if (!taken && (best < 0 || v > top)) {
-          best = e;
-          top = v;
-        }
+      REGS for (int e = 0; e < EXPERTS; ++e) {  // of equal logits the first
+        const bool better = !taken[e] && (best < 0 || v[e] > top);
+        best = better ? e : best;
+        top = better ? v[e] : top;
       }
+      REGS for (int e = 0; e < EXPERTS; ++e) taken[e] = taken[e] || e == best;
       largest = k == 0 ? top : largest;
-      const float p = k_exp(top - largest);
-      total += p;
-      gate[row * K + k] = p;
+      p[k] = k_exp(top - largest);
+      total += p[k];
       expert[row * K + k] = best;
       rank[row * K + k] = count[best * TH + l];
       count[best * TH + l] += 1;
     }
-    for (int k = 0; k < K; ++k) gate[row * K + k] = gate[row * K + k] / total;
+    REGS for (int k = 0; k < K; ++k) gate[row * K + k] = p[k] / total;
+  }
+  TGBARRIER;
+  for (int i = l; i < EXPERTS * GROUPS; i += TH) {
+    const int start = i / GROUPS * TH + i % GROUPS * SIMD_W;
+    int sum = 0;
+    for (int t = start; t < start + SIMD_W; ++t) {
+      const int here = count[t];
+      count[t] = (ushort)sum;
+      sum += here;
+    }
+    group_count[i] = sum;
   }
   TGBARRIER;
   for (int e = l; e < EXPERTS; e += TH) {
     int sum = 0;
-    for (int t = 0; t < TH; ++t) {
-      const int here = count[e * TH + t];
-      count[e * TH + t] = sum;
+    for (int g = e * GROUPS; g < (e + 1) * GROUPS; ++g) {
+      const int here = group_count[g];
+      group_count[g] = sum;
       sum += here;
     }
     counts[e] = sum;
@@ -54,7 +69,7 @@
   }
   TGBARRIER;
   for (int i = begin * K; i < end * K; ++i) {
-    const int e = expert[i], place = rank[i] + count[e * TH + l];
+    const int e = expert[i], place = rank[i] + count[e * TH + l] + group_count[e * GROUPS + l / SIMD_W];
     rank[i] = place;
     order[first[e] + place] = i;
   }

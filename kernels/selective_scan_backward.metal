@@ -26,6 +26,12 @@
   const bool mine1 = SIMD_W == 1 || first + c1 < I, mine2 = SIMD_W == 1 || first + c2 < I;
   const int i1 = mine1 ? first + c1 : I - CPT, i2 = mine2 ? first + c2 : I - CPT;
 
+  const size_t x_step = SIMD_W == 1 ? 1 : x_strides[2], x_row = x_strides[1], x0 = batch * x_strides[0] + i1 * x_step;
+  const size_t dt_step = SIMD_W == 1 ? 1 : dt_strides[2], dt_row = dt_strides[1], dt0 = batch * dt_strides[0] + i1 * dt_step;
+  const size_t dy_step = SIMD_W == 1 ? 1 : dy_strides[2], dy_row = dy_strides[1], dy0 = batch * dy_strides[0] + i1 * dy_step;
+  const size_t z_step = SIMD_W == 1 || !HAS_Z ? 1 : z_strides[2], z_row = HAS_Z ? z_strides[1] : 0;
+  const size_t z0 = HAS_Z ? batch * z_strides[0] + i1 * z_step : 0, b0 = batch * b_strides[0], c0 = batch * c_strides[0];
+
   threadgroup float delta[TC][CG], drive[TC][CG], h[TC][CG];   // d_t; d_t x_t; h_t
   threadgroup float gb[TC][CG], gau[TC][CG], cs_s[TC][CG];     // g . b; sum_n g A u (times log2 e); c . s
   threadgroup float bs[TC * N], cs[TC * N];
@@ -45,7 +51,7 @@
   REGS for (int n = 0; n < NS; ++n) {
     for (int ch = 0; ch < CPT; ++ch) {
       const size_t at = (size_t)(i2 + ch) * N + n0 + n;
-      a[n][ch] = A[at] * LOG2E;
+      a[n][ch] = (LOG_A ? -k_exp(LD(A, at)) : LD(A, at)) * LOG2E;
       g[n][ch] = HAS_DSTATE && !SUMMARY && mine2 ? dstate_out[(size_t)batch * I * N + at] : 0.0f;
       da[n][ch] = 0.0f;
     }
@@ -58,8 +64,8 @@
     }
   }
   LANES for (int ch = 0; ch < CPT; ++ch) {
-    bias[ch] = HAS_BIAS ? dt_bias[i1 + ch] : 0.0f;
-    direct[ch] = HAS_SKIP ? skip[i1 + ch] : 0.0f;
+    bias[ch] = HAS_BIAS ? LD(dt_bias, i1 + ch) : 0.0f;
+    direct[ch] = HAS_SKIP ? LD(skip, i1 + ch) : 0.0f;
     dskip_sum[ch] = 0.0f;
     dbias_sum[ch] = 0.0f;
     summed[ch] = 0.0f;
@@ -84,12 +90,12 @@
       // Role 1: load. Steps past the end, and channels past the last, contribute nothing.
       REGS for (int i = 0; i < TC / NL; ++i) {
         const int j = i * NL + j0;
-        const size_t at = (row + (j < length ? j : 0)) * I + i1;
+        const size_t t = start + (j < length ? j : 0);
         const float real = j < length ? 1.0f : 0.0f, counts = j < length && mine1 ? 1.0f : 0.0f;
         LANES for (int ch = 0; ch < CPT; ++ch) {
-          const float xt = SUMMARY ? 0.0f : AHEAD ? LD(x_next[i], ch) : LD(x, at + ch);
-          const float raw = (AHEAD ? LD(dt_next[i], ch) : LD(dt, at + ch)) + bias[ch];
-          const float dyt = (AHEAD ? LD(dy_next[i], ch) : LD(dy, at + ch)) * counts;
+          const float xt = SUMMARY ? 0.0f : AHEAD ? LD(x_next[i], ch) : LD(x, x0 + t * x_row + ch);
+          const float raw = (AHEAD ? LD(dt_next[i], ch) : LD(dt, dt0 + t * dt_row + ch)) + bias[ch];
+          const float dyt = (AHEAD ? LD(dy_next[i], ch) : LD(dy, dy0 + t * dy_row + ch)) * counts;
           const float d = (HAS_BIAS ? k_softplus(raw) : raw) * real;
           xs[i][ch] = xt;
           slope[i][ch] = HAS_BIAS ? k_sigmoid(raw) : 1.0f;
@@ -97,7 +103,7 @@
           drive[j][c1 + ch] = d * xt;
           float ht = dyt;
           if (HAS_Z) {
-            const float zt = AHEAD ? LD(z_next[i], ch) : LD(z, at + ch), sig = k_sigmoid(zt);
+            const float zt = AHEAD ? LD(z_next[i], ch) : LD(z, z0 + t * z_row + ch), sig = k_sigmoid(zt);
             ht = dyt * zt * sig;
             dgate[i][ch] = dyt * sig * (1.0f + zt * (1.0f - sig));
           }
@@ -117,8 +123,8 @@
       } else {
         for (int e = lid; e < TC * N; e += THREADS) {
           const bool real = e < length * N;
-          bs[e] = real ? LD(b, row * N + e) : 0.0f;
-          cs[e] = real ? LD(c, row * N + e) : 0.0f;
+          bs[e] = real ? LD(b, b0 + (start + e / N) * b_strides[1] + e % N * b_strides[2]) : 0.0f;
+          cs[e] = real ? LD(c, c0 + (start + e / N) * c_strides[1] + e % N * c_strides[2]) : 0.0f;
         }
         if (HAS_RESET) {
           for (int j = lid; j < TC; j += THREADS) fresh[j] = j < length && reset[row + j] != 0;
@@ -132,18 +138,18 @@
       const size_t row_before = (size_t)batch * T + before;
       REGS for (int i = 0; i < ROWS; ++i) {
         const int j = i * NL + j0;
-        const size_t at = (row_before + (j < there ? j : 0)) * I + i1;
+        const size_t t = before + (j < there ? j : 0);
         for (int ch = 0; ch < CPT; ++ch) {
-          if (!SUMMARY) x_next[i][ch] = x[at + ch];
-          dt_next[i][ch] = dt[at + ch];
-          dy_next[i][ch] = dy[at + ch];
-          if (HAS_Z) z_next[i][ch] = z[at + ch];
+          if (!SUMMARY) x_next[i][ch] = x[x0 + t * x_row + ch * x_step];
+          dt_next[i][ch] = dt[dt0 + t * dt_row + ch * dt_step];
+          dy_next[i][ch] = dy[dy0 + t * dy_row + ch * dy_step];
+          if (HAS_Z) z_next[i][ch] = z[z0 + t * z_row + ch * z_step];
         }
       }
       REGS for (int i = 0; i < PAIRS; ++i) {
-        const int e = i * THREADS + lid;
-        if (!SUMMARY) b_next[i] = b[row_before * N + (e < there * N ? e : 0)];
-        c_next[i] = c[row_before * N + (e < there * N ? e : 0)];
+        const int e = i * THREADS + lid, f = e < there * N ? e : 0, t = before + f / N, n = f % N;
+        if (!SUMMARY) b_next[i] = b[b0 + t * b_strides[1] + n * b_strides[2]];
+        c_next[i] = c[c0 + t * c_strides[1] + n * c_strides[2]];
       }
       if (HAS_RESET) fresh_next = reset[row_before + (lid < there ? lid : 0)];
       if (!SUMMARY && k > 1) {

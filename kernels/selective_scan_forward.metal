@@ -2,8 +2,8 @@
 //   d_t = softplus(dt_t + dt_bias),   s_t = exp(d_t A) s_{t-1} + d_t x_t b_t,   y_t = (c_t . s_t + skip x_t) silu(z_t)
 // and s_{t-1} = 0 where reset_t is set.
 //
-// Sizes: x, dt, z, y [B,T,I]; A [I,N]; b, c [B,T,N]; skip, dt_bias [I]; reset [B,T]; state [B,I,N];
-// borders [B,K-1,N,I], the states between the K chunks of TC steps, for the backward.
+// Sizes: x, dt, z, y [B,T,I]; A [I,N], or log(-A) where LOG_A; b, c [B,T,N]; skip, dt_bias [I]; inputs over time may be views;
+// reset [B,T]; state [B,I,N]; borders [B,K-1,N,I], the states between the K chunks of TC steps, for the backward.
 // A threadgroup scans CG channels of one batch row. It plays two roles in turn: to load and store, its threads lie along the
 // channels, NL time steps at once; to scan, NL neighbouring lanes share a channel and hold NS of its states each.
 // AHEAD: the loads of the next chunk are under way while this one is scanned.
@@ -27,6 +27,12 @@
   const bool mine1 = SIMD_W == 1 || first + c1 < I, mine2 = SIMD_W == 1 || first + c2 < I;
   const int i1 = mine1 ? first + c1 : I - CPT, i2 = mine2 ? first + c2 : I - CPT;
 
+  // Where role 1's inputs lie: the first step, and from one step and one channel to the next.
+  const size_t x_step = SIMD_W == 1 ? 1 : x_strides[2], x_row = x_strides[1], x0 = batch * x_strides[0] + i1 * x_step;
+  const size_t dt_step = SIMD_W == 1 ? 1 : dt_strides[2], dt_row = dt_strides[1], dt0 = batch * dt_strides[0] + i1 * dt_step;
+  const size_t z_step = SIMD_W == 1 || !HAS_Z ? 1 : z_strides[2], z_row = HAS_Z ? z_strides[1] : 0;
+  const size_t z0 = HAS_Z ? batch * z_strides[0] + i1 * z_step : 0, b0 = batch * b_strides[0], c0 = batch * c_strides[0];
+
   threadgroup float delta[TC][CG], drive[TC][CG], out[TC][CG];  // d_t; d_t x_t; y_t before the gate
   threadgroup float bs[TC * N], cs[TC * N];
   threadgroup int fresh[TC];
@@ -41,7 +47,7 @@
   REGS for (int n = 0; n < NS; ++n) {
     for (int ch = 0; ch < CPT; ++ch) {
       const size_t at = (size_t)(i2 + ch) * N + n0 + n;
-      a[n][ch] = A[at] * LOG2E;  // exp(d A) is 2^(d a)
+      a[n][ch] = (LOG_A ? -k_exp(LD(A, at)) : LD(A, at)) * LOG2E;  // exp(d A) is 2^(d a)
       s[n][ch] = HAS_STATE && !SUMMARY ? state[(size_t)batch * I * N + at] : 0.0f;
     }
   }
@@ -53,8 +59,8 @@
     }
   }
   LANES for (int ch = 0; ch < CPT; ++ch) {
-    bias[ch] = HAS_BIAS ? dt_bias[i1 + ch] : 0.0f;
-    direct[ch] = HAS_SKIP ? skip[i1 + ch] : 0.0f;
+    bias[ch] = HAS_BIAS ? LD(dt_bias, i1 + ch) : 0.0f;
+    direct[ch] = HAS_SKIP ? LD(skip, i1 + ch) : 0.0f;
     summed[ch] = 0.0f;
   }
 
@@ -70,17 +76,17 @@
       // Role 1. Steps past the end get d = 0 and drive 0: they leave the state as it is.
       REGS for (int i = 0; i < TC / NL; ++i) {
         const int j = i * NL + j0;
-        const size_t at = (row + (j < length ? j : 0)) * I + i1;
+        const size_t t = start + (j < length ? j : 0);
         const float real = j < length ? 1.0f : 0.0f;
         LANES for (int ch = 0; ch < CPT; ++ch) {
-          const float xt = AHEAD ? LD(x_next[i], ch) : LD(x, at + ch);
-          const float raw = (AHEAD ? LD(dt_next[i], ch) : LD(dt, at + ch)) + bias[ch];
+          const float xt = AHEAD ? LD(x_next[i], ch) : LD(x, x0 + t * x_row + ch);
+          const float raw = (AHEAD ? LD(dt_next[i], ch) : LD(dt, dt0 + t * dt_row + ch)) + bias[ch];
           const float d = (HAS_BIAS ? k_softplus(raw) : raw) * real;
           delta[j][c1 + ch] = d;
           drive[j][c1 + ch] = d * xt;
           out[j][c1 + ch] = direct[ch] * xt;
           if (HAS_Z && !SUMMARY) {
-            const float zt = AHEAD ? LD(z_next[i], ch) : LD(z, at + ch);
+            const float zt = AHEAD ? LD(z_next[i], ch) : LD(z, z0 + t * z_row + ch);
             gate[i][ch] = zt * k_sigmoid(zt);
           }
         }
@@ -98,8 +104,8 @@
       } else {
         for (int e = lid; e < TC * N; e += THREADS) {
           const bool real = e < length * N;
-          bs[e] = real ? LD(b, row * N + e) : 0.0f;
-          cs[e] = real ? LD(c, row * N + e) : 0.0f;
+          bs[e] = real ? LD(b, b0 + (start + e / N) * b_strides[1] + e % N * b_strides[2]) : 0.0f;
+          cs[e] = real ? LD(c, c0 + (start + e / N) * c_strides[1] + e % N * c_strides[2]) : 0.0f;
         }
         if (HAS_RESET) {
           for (int j = lid; j < TC; j += THREADS) fresh[j] = j < length && reset[row + j] != 0;
@@ -113,17 +119,17 @@
       const size_t row = (size_t)batch * T + start;
       REGS for (int i = 0; i < ROWS; ++i) {
         const int j = i * NL + j0;
-        const size_t at = (row + (j < length ? j : 0)) * I + i1;
+        const size_t t = start + (j < length ? j : 0);
         for (int ch = 0; ch < CPT; ++ch) {
-          x_next[i][ch] = x[at + ch];
-          dt_next[i][ch] = dt[at + ch];
-          if (HAS_Z && !SUMMARY) z_next[i][ch] = z[at + ch];
+          x_next[i][ch] = x[x0 + t * x_row + ch * x_step];
+          dt_next[i][ch] = dt[dt0 + t * dt_row + ch * dt_step];
+          if (HAS_Z && !SUMMARY) z_next[i][ch] = z[z0 + t * z_row + ch * z_step];
         }
       }
       REGS for (int i = 0; i < PAIRS; ++i) {
-        const int e = i * THREADS + lid;
-        b_next[i] = b[row * N + (e < length * N ? e : 0)];
-        if (!SUMMARY) c_next[i] = c[row * N + (e < length * N ? e : 0)];
+        const int e = i * THREADS + lid, f = e < length * N ? e : 0, t = start + f / N, n = f % N;
+        b_next[i] = b[b0 + t * b_strides[1] + n * b_strides[2]];
+        if (!SUMMARY) c_next[i] = c[c0 + t * c_strides[1] + n * c_strides[2]];
       }
       if (HAS_RESET) fresh_next = reset[row + (lid < length ? lid : 0)];
     }

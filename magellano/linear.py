@@ -3,17 +3,17 @@
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314): W is frozen in 4 bits and dequantised on the fly, only A and B train
 (Hu et al. 2021, arXiv 2106.09685). Dense W trains in full.
 
-Shapes: I in, O out, r rank, E experts, M rows, S rows sorted by expert, V vocabulary, D d_model.
+Shapes: I in, O out, r rank, E experts, M rows, V vocabulary, D d_model.
 """
 
-from collections.abc import Sequence
-
 from magellano.backend import mx, nn
-from magellano.nf4 import NF4Tensor
-from magellano.ops import grouped_matmul, nf4_matmul
-from magellano.ops.moe import Groups
+from magellano.nf4 import NF4Stack, NF4Tensor
+from magellano.ops import nf4_matmul
+from magellano.ops.add_rows import add_rows
+from magellano.ops.experts import Layer
+from magellano.ops.lora import adapted_matmul
 
-Weight = mx.array | NF4Tensor | Sequence[NF4Tensor]
+Weight = mx.array | NF4Tensor | NF4Stack
 
 
 def array(weight: Weight) -> mx.array:
@@ -38,7 +38,8 @@ class Adapted(nn.Module):
         if isinstance(weight, mx.array):
             self.weight = weight
         else:
-            self.quantized = weight if isinstance(weight, NF4Tensor) else tuple(weight)
+            self.quantized = weight
+            mx.eval(*vars(weight.parts).values())
         self.lora_scale = 0.0
 
     @property
@@ -58,25 +59,26 @@ class Adapted(nn.Module):
 class Projection(Adapted):
     """y_..O = x_..I W_OI^T, without bias."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = matmul(x, self.base)
-        if self.adapted:
-            u = x @ self.lora_a.astype(x.dtype).T
-            y = y + (self.lora_scale * u) @ self.lora_b.astype(x.dtype).T
-        return y
+    def __call__(self, x: mx.array, *, unread: bool = False) -> mx.array:
+        """`unread`: y is only differentiated and may be left out."""
+        base = self.base
+        if not self.adapted:
+            return matmul(x, base)
+        assert not isinstance(base, NF4Stack)
+        return adapted_matmul(x, base, self.lora_a, self.lora_b, self.lora_scale, unread=unread)
 
 
 class ExpertProjection(Adapted):
-    """y_SO = x_SI W_EOI^T row by row, row s with the weights of its expert; rows are sorted by expert."""
+    """One layer of all experts, W [E, O, I]."""
 
-    def __call__(self, x_SI: mx.array, sizes: Groups) -> mx.array:
+    def layer(self, dtype: mx.Dtype) -> Layer:
+        """As the operations take it, in `dtype`."""
         base = self.base
         assert not isinstance(base, NF4Tensor)
-        y_SO = grouped_matmul(x_SI, base.astype(x_SI.dtype) if isinstance(base, mx.array) else base, sizes)
-        if self.adapted:
-            u_Sr = grouped_matmul(x_SI, self.lora_a.astype(x_SI.dtype), sizes)
-            y_SO = y_SO + grouped_matmul(self.lora_scale * u_Sr, self.lora_b.astype(x_SI.dtype), sizes)
-        return y_SO
+        weight = base.astype(dtype) if isinstance(base, mx.array) else base
+        if not self.adapted:
+            return Layer(weight)
+        return Layer(weight, self.lora_a.astype(dtype), self.lora_b.astype(dtype), self.lora_scale)
 
 
 class Embedding(Adapted):
@@ -89,6 +91,18 @@ class Embedding(Adapted):
         if self.adapted:
             h_BTD = h_BTD + (self.lora_scale * self.lora_b[tokens_BT]) @ self.lora_a
         return h_BTD
+
+    def backward(self, tokens_BT: mx.array, dh_BTD: mx.array, gradients: dict[str, mx.array]) -> dict[str, mx.array]:
+        """`gradients` of this module's trainable arrays by name, the head's, plus those of the lookup."""
+        index_M, dh_MD = tokens_BT.reshape(-1), dh_BTD.reshape(-1, dh_BTD.shape[-1])
+        if not self.adapted:
+            return {"weight": add_rows(gradients["weight"], dh_MD, index_M)}
+        a_rD, b_Vr, s = self.lora_a.astype(dh_MD.dtype), self.lora_b, self.lora_scale
+        da_rD = (s * b_Vr[index_M]).astype(dh_MD.dtype).T @ dh_MD
+        return {
+            "lora_a": gradients["lora_a"] + da_rD.astype(gradients["lora_a"].dtype),
+            "lora_b": add_rows(gradients["lora_b"], s * (dh_MD @ a_rD.T), index_M),
+        }
 
     def head(self, h: mx.array) -> tuple[mx.array, mx.array | NF4Tensor, mx.array | None, mx.array | None]:
         """What the loss needs: (h, W, u, B) with logits = h W^T + u B^T; u and B are None without an adapter."""

@@ -15,7 +15,7 @@ from magellano.errors import InputError
 from magellano.layout import ParamSpec, parameters
 from magellano.linear import Weight
 from magellano.model import MagellanoLM, Source
-from magellano.nf4 import NF4Tensor
+from magellano.nf4 import NF4Stack, NF4Tensor
 from magellano.profile import ModelConfig
 from magellano.tensors import load_file
 
@@ -104,8 +104,8 @@ class Files:
         parts = {part: self.take(f"{spec.name}.{part}") for part in NF4Tensor.PARTS}
         if len(spec.shape) == 2:
             return NF4Tensor.from_arrays(spec.shape, parts)
-        experts = range(spec.shape[0])
-        return [NF4Tensor.from_arrays(spec.shape[1:], {k: v[e] for k, v in parts.items()}) for e in experts]
+        experts, rows, columns = spec.shape
+        return NF4Stack.from_arrays((experts, rows, columns), parts)
 
 
 def quantized_tensors(name: str, pieces: list[NF4Tensor], stacked: bool) -> Iterator[tuple[str, mx.array]]:

@@ -55,31 +55,41 @@ class Mamba(nn.Module):
         self.out_proj = Projection(get("out_proj.weight"))
 
     def __call__(
-        self, u_BTD: mx.array, reset_BT: mx.array | None = None, state: MambaState | None = None
+        self,
+        u_BTD: mx.array,
+        reset_BT: mx.array | None = None,
+        state: MambaState | None = None,
+        *,
+        unread: bool = False,
     ) -> tuple[mx.array, MambaState | None]:
-        """Returns y_BTD, and the state after the last step where one was given."""
-        r, n = self.config.dt_rank, self.config.d_state
+        """Returns y_BTD, and the state after the last step where one was given. `unread`: y is only differentiated and
+        may be left out.
+        """
+        c, free = self.config, self.trainable_parameters()
         keep = state is not None
         conv_BKI, scan_BIN = state if state is not None else (None, None)
         # 1. two streams of width I
         x_BTI, z_BTI = mx.split(self.in_proj(u_BTD), 2, axis=-1)
         # 2. a short causal convolution per channel, then silu
         x_BTI, conv_BKI = _with_state(
-            causal_conv(x_BTI, self.conv1d.weight[:, 0, :], self.conv1d.bias, reset_BT, conv_BKI, return_state=keep)
-        )
+            causal_conv(
+                x_BTI, self.conv1d.weight.reshape(c.d_inner, c.d_conv), self.conv1d.bias, reset_BT, conv_BKI,
+                return_state=keep, frozen_parameters=not free["conv1d"],
+            )
+        )  # fmt: skip
         # 3. the step size and the input and output maps of the state depend on the token
-        dt_BTR, b_BTN, c_BTN = mx.split(self.x_proj(x_BTI), [r, r + n], axis=-1)
+        dt_BTR, b_BTN, c_BTN = mx.split(self.x_proj(x_BTI), [c.dt_rank, c.dt_rank + c.d_state], axis=-1)
         dt_BTI = self.dt_proj(dt_BTR)
         # 4. the selective scan, gated by silu(z)
-        A_IN = -mx.exp(self.A_log.astype(mx.float32))
+        frozen = not ({"A_log", "D"} & free.keys() or "bias" in free["dt_proj"])
         y_BTI, scan_BIN = _with_state(
             selective_scan(
-                x_BTI, dt_BTI, A_IN, b_BTN, c_BTN, self.D, z_BTI, self.dt_proj.bias, reset_BT, scan_BIN,
-                return_state=keep, frozen_parameters="A_log" not in self.trainable_parameters(),
+                x_BTI, dt_BTI, self.A_log, b_BTN, c_BTN, self.D, z_BTI, self.dt_proj.bias, reset_BT, scan_BIN,
+                return_state=keep, frozen_parameters=frozen, log_A=True,
             )
         )  # fmt: skip
         # 5. back to the residual width
-        y_BTD = self.out_proj(y_BTI)
+        y_BTD = self.out_proj(y_BTI, unread=unread)
         return y_BTD, None if conv_BKI is None or scan_BIN is None else MambaState(conv_BKI, scan_BIN)
 
     def initial_state(self, batch: int, dtype: mx.Dtype) -> MambaState:

@@ -10,11 +10,12 @@ from magellano.backend import mx, nn
 from magellano.layout import EMBEDDING, ParamSpec, layer_parameters, parameters
 from magellano.linear import Embedding, Weight, array
 from magellano.mamba import Mamba, MambaState
-from magellano.moe import MoE
+from magellano.moe import MoE, RouterState
 from magellano.names import LayerKind
-from magellano.ops import linear_cross_entropy, token_scores
+from magellano.ops import token_scores
+from magellano.ops.cross_entropy import Renyi, objective_and_nll
+from magellano.ops.moe import Room
 from magellano.profile import ModelConfig
-from magellano.recompute import recomputed
 
 Source = Callable[[ParamSpec], Weight]  # where weights come from: a seed, or files
 
@@ -47,13 +48,17 @@ class Layer(nn.Module):
         mixers: dict[LayerKind, type[Mamba] | type[MoE]] = {LayerKind.MAMBA: Mamba, LayerKind.MOE: MoE}
         self.mixer = mixers[self.kind](config, lambda name: source(specs[f"{at}mixer.{name}"]))
 
-    def __call__(self, h_BTD: mx.array, reset_BT: mx.array) -> tuple[mx.array, mx.array]:
-        """Returns h_BTD and the router's losses [2] (zeros for Mamba)."""
+    def __call__(
+        self, h_BTD: mx.array, reset_BT: mx.array, *, room: Room | None = None, unread: bool = False
+    ) -> tuple[mx.array, RouterState | None]:
+        """Returns h_BTD and what the router did (None for Mamba). `room`: for the experts' rows (see MoE). `unread`: h
+        is only differentiated and may be wrong.
+        """
         u_BTD, mixer = self.norm(h_BTD), self.mixer
         if isinstance(mixer, Mamba):
-            return h_BTD + mixer(u_BTD, reset_BT)[0], mx.zeros((2,))
-        y_BTD, losses = mixer(u_BTD)
-        return h_BTD + y_BTD, losses
+            return h_BTD + mixer(u_BTD, reset_BT, unread=unread)[0], None
+        y_BTD, routed = mixer(u_BTD, room=room, unread=unread)
+        return h_BTD + y_BTD, routed
 
     def step(self, h_BTD: mx.array, state: MambaState | None) -> tuple[mx.array, MambaState | None]:
         """The same with a state carried from call to call; MoE layers have none."""
@@ -82,50 +87,49 @@ class MagellanoLM(nn.Module):
         super().__init__()
         self.config = config
         self.compute = compute
-        self.checkpointing = False  # recompute each layer in the backward pass
+        self.chunk = 512  # rows of logits that exist at once
         self.backbone = Backbone(config, source or seeded())
 
     def __call__(self, tokens_BT: mx.array, reset_BT: mx.array | None = None) -> mx.array:
         """Logits [B, T, V]. reset is 1 where a document starts."""
-        return self.backbone.embeddings.logits(self.hidden(tokens_BT, reset_BT)[0])
+        return self.backbone.embeddings.logits(self.hidden(tokens_BT, reset_BT))
 
-    def hidden(self, tokens_BT: mx.array, reset_BT: mx.array | None = None) -> tuple[mx.array, mx.array]:
-        """The final hidden states [B, T, D] and the sum of the routers' losses [2]."""
+    def hidden(self, tokens_BT: mx.array, reset_BT: mx.array | None = None) -> mx.array:
+        """The final hidden states [B, T, D]."""
         if tokens_BT.ndim != 2:
             raise ValueError(f"tokens must be [B, T], got shape {tokens_BT.shape}")
         if reset_BT is None:
             reset_BT = mx.zeros(tokens_BT.shape, dtype=mx.uint8)
         h_BTD = self.backbone.embeddings(tokens_BT).astype(self.compute)
-        losses = mx.zeros((2,))
         for layer in self.backbone.layers:
-            h_BTD, more = recomputed(layer, h_BTD, reset_BT) if self.checkpointing else layer(h_BTD, reset_BT)
-            losses = losses + more
-        return self.backbone.norm_f(h_BTD), losses
+            h_BTD, _ = layer(h_BTD, reset_BT)
+        return self.backbone.norm_f(h_BTD)
 
-    def loss_sum(
+    def objective(
         self,
-        tokens_BT: mx.array,
+        h_BTD: mx.array,
         targets_BT: mx.array,
         weights_BT: mx.array,
-        reset_BT: mx.array,
-        chunk: int,
+        renyi: Renyi | None = None,
         counted: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """Sum of weight * -log p(target) in nats, and the routers' losses [2]; `chunk` rows of logits at once.
-        `counted`: the rows 0 .. B*T-1 whose weight is not 0, if the head is to see them alone.
+        """From the final hidden states the sum to minimise, that of weight * -log p(target), with `renyi` less its
+        entropy term; and the sum of weight * -log p(target), without gradient; in nats. `counted`: the rows 0 .. B*T-1
+        whose weight is not 0, if the head is to see them alone.
         """
-        h_BTD, losses = self.hidden(tokens_BT, reset_BT)
         h_MD, target_M, weight_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
         if counted is not None:
             h_MD, target_M, weight_M = h_MD[counted], target_M[counted], weight_M[counted]
         x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_MD)
-        return linear_cross_entropy(x_MD, w, target_M, weight_M, u_Mr, b_Vr, chunk, frozen=u_Mr is not None), losses
+        return objective_and_nll(
+            x_MD, w, target_M, weight_M, u_Mr, b_Vr, self.chunk, frozen=u_Mr is not None, renyi=renyi
+        )
 
     def scores(
         self, tokens_BT: mx.array, targets_BT: mx.array, reset_BT: mx.array, chunk: int = 512
     ) -> tuple[mx.array, mx.array]:
         """-log p(target) [B, T] in nats and whether the target was the likeliest token [B, T]; no gradient."""
-        h_BTD, _ = self.hidden(tokens_BT, reset_BT)
+        h_BTD = self.hidden(tokens_BT, reset_BT)
         x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
         ones = mx.ones((x_MD.shape[0],))
         nll_M, correct_M = token_scores(x_MD, w, targets_BT.reshape(-1), ones, u_Mr, b_Vr, chunk)

@@ -1,17 +1,25 @@
 """The mixture-of-experts mixer: dropless top-k routing over two-layer experts w2(relu(w1(x))).
 
-Shapes: B batch, T time, D d_model, E experts, F d_ff, k experts per token, M = B*T tokens, S = M*k token copies sorted
-by expert.
+Shapes: B batch, T time, D d_model, E experts, F d_ff, k experts per token, M = B*T tokens.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from magellano.backend import mx, nn
 from magellano.linear import ExpertProjection, Weight, array
-from magellano.ops.moe import combine, dispatch, places, relu, route
+from magellano.ops.experts import feed_forward
+from magellano.ops.moe import Room, places, route
 from magellano.profile import ModelConfig
+
+
+class RouterState(NamedTuple):
+    """What a router did with a batch: its two losses, load balance and z, float32 [2], and token copies per expert."""
+
+    losses: mx.array
+    size_E: mx.array
 
 
 class Router(nn.Module):
@@ -39,21 +47,23 @@ class MoE(nn.Module):
         self.router = Router(array(get("router.weight")))
         self.experts = Experts(get("experts.w1.weight"), get("experts.w2.weight"))
 
-    def __call__(self, u_BTD: mx.array) -> tuple[mx.array, mx.array]:
-        """Returns y_BTD and the router's two losses, float32 [2]: load balance and z."""
+    def __call__(
+        self, u_BTD: mx.array, *, room: Room | None = None, unread: bool = False
+    ) -> tuple[mx.array, "RouterState"]:
+        """Returns y_BTD and what the router did. `room`: see `places`; where it does not hold the loads, results are
+        void. `unread`: y is only differentiated and may be left out.
+        """
         k, shape = self.config.top_k, u_BTD.shape
         u_MD = u_BTD.reshape(-1, shape[-1])
         # 1. route in float32
         logits_ME = self._logits(u_MD)
         routing = route(logits_ME, k)
-        # 2. the token copies go to their experts
-        at = places(routing)
-        x = dispatch(u_MD, at)
-        # 3. each expert on its own rows
-        y = self.experts.w2(relu(self.experts.w1(x, at.groups)), at.groups)
-        # 4. back to the tokens, weighted by the gates
-        y_MD = combine(y, routing.gate_Mk, at)
-        return y_MD.reshape(shape), self._losses(logits_ME, routing.size_E)
+        # 2. a row for each token copy among its expert's
+        at = places(routing, room)
+        # 3. each expert on its own rows; back to the tokens, weighted by the gates
+        w1, w2 = self.experts.w1.layer(u_MD.dtype), self.experts.w2.layer(u_MD.dtype)
+        y_MD = feed_forward(u_MD, routing.gate_Mk, at, w1, w2, unread=unread)
+        return y_MD.reshape(shape), RouterState(self._losses(logits_ME, routing.size_E), routing.size_E)
 
     def counts(self, u_BTD: mx.array) -> list[int]:
         """Token copies per expert, for the reports."""

@@ -49,6 +49,13 @@ class Compute(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class LossKind(StrEnum):
+    """What training minimises."""
+
+    CROSS_ENTROPY = "cross_entropy"
+    RENYI = "renyi"  # less a share of the Renyi entropy of the predicted distribution
+
+
 class StateDtype(StrEnum):
     """Number format of the optimiser's two moments."""
 

@@ -1,7 +1,9 @@
 """A matrix held in NF4 with double quantisation: 4.127 bits a weight. The arithmetic is in magellano/ops/nf4.py."""
 
+import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from magellano.backend import mx
@@ -21,16 +23,18 @@ class NF4Tensor:
     scale_codes: mx.array
     scale_absmax: mx.array
     scale_offset: mx.array
+    parts: nf4.Parts = field(init=False, repr=False)  # the packed arrays as the operations take them
 
     PARTS: ClassVar[tuple[str, ...]] = ("codes", "scale_codes", "scale_absmax", "scale_offset")
+
+    def __post_init__(self) -> None:
+        parts = nf4.Parts.of(self.codes, self.scale_codes, self.scale_absmax, self.scale_offset)
+        object.__setattr__(self, "parts", parts)
 
     @property
     def size(self) -> int:
         """How many weights."""
-        n = 1
-        for side in self.shape:
-            n *= side
-        return n
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -55,11 +59,6 @@ class NF4Tensor:
                 )
         return tensor
 
-    @property
-    def parts(self) -> nf4.Parts:
-        """The packed arrays as the operations take them."""
-        return nf4.Parts(self.codes, self.scale_codes, self.scale_absmax, self.scale_offset)
-
     def factors(self) -> mx.array:
         """The float32 factor of each block of 64, [P]."""
         return nf4.expand_scales(self.scale_codes, self.scale_absmax, self.scale_offset)
@@ -68,9 +67,7 @@ class NF4Tensor:
         """The dense tensor; computed in float32, then rounded to `dtype`. In a lazy graph it is not made before `after`
         is there: without such an order MLX may make the dense forms of many layers at once.
         """
-        codes = self.codes if after is None else mx.depends([self.codes], [after])[0]
-        parts = nf4.Parts(codes, self.scale_codes, self.scale_absmax, self.scale_offset)
-        return nf4.dequantize(parts, self.size, dtype).reshape(self.shape)
+        return nf4.dequantize(self.parts.after(after), self.size, dtype).reshape(self.shape)
 
     def slices(self, dtype: mx.Dtype = mx.float32) -> Iterator[tuple[int, int, mx.array]]:
         """(first row, last row + 1, dense rows) over a matrix, some 16 M weights at a time: never dense as a whole."""
@@ -104,12 +101,66 @@ def quantize(w: mx.array) -> NF4Tensor:
     return NF4Tensor(tuple(w.shape), codes, *nf4.quantize_scales(absmax))
 
 
-def stacked(tensors: Sequence[NF4Tensor]) -> nf4.Parts:
-    """The parts of E matrices of one shape, side by side, for the expert-gathered `nf4_matvec`."""
-    parts = [t.parts for t in tensors]
-    return nf4.Parts(
-        mx.stack([p.codes for p in parts]),
-        mx.stack([p.scale_codes for p in parts]),
-        mx.stack([p.scale_absmax for p in parts]),
-        mx.stack([p.offset for p in parts]),
-    )
+@dataclass(frozen=True, eq=False)
+class NF4Stack:
+    """E matrices of one shape [O, I] in NF4, side by side: `arrays` as in NF4Tensor, each with a leading E. A sequence
+    of NF4Tensor, which share its memory.
+    """
+
+    shape: tuple[int, int, int]
+    arrays: Mapping[str, mx.array]
+    parts: nf4.Parts = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", nf4.Parts.of(*(self.arrays[part] for part in NF4Tensor.PARTS)))
+
+    @classmethod
+    def of(cls, tensors: Sequence[NF4Tensor]) -> "NF4Stack":
+        """A copy of `tensors` as one stack. ValueError where their shapes differ."""
+        shapes = {t.shape for t in tensors}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+            raise ValueError(f"an NF4 stack needs matrices of one shape, got {sorted(shapes)}")
+        shape = next(iter(shapes))
+        arrays = {part: mx.stack([t.arrays()[part] for t in tensors]) for part in NF4Tensor.PARTS}
+        return cls((len(tensors), shape[0], shape[1]), arrays)
+
+    @classmethod
+    def from_arrays(cls, shape: tuple[int, int, int], arrays: Mapping[str, mx.array]) -> "NF4Stack":
+        """The stack of `shape` from its packed arrays. ValueError where their sizes or types do not fit the shape."""
+        sizes = {a.shape[0] if a.ndim else 0 for a in arrays.values()}
+        if sizes != {shape[0]}:
+            raise ValueError(f"an NF4 stack of {shape[0]} matrices has arrays of {sorted(sizes)}")
+        NF4Tensor.from_arrays(shape[1:], {part: arrays[part][0] for part in NF4Tensor.PARTS})
+        return cls(shape, {part: arrays[part] for part in NF4Tensor.PARTS})
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, e: int) -> NF4Tensor:
+        return self.tensors[e]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(a.nbytes for a in self.arrays.values())
+
+    @functools.cached_property
+    def tensors(self) -> tuple[NF4Tensor, ...]:
+        """The matrices one by one."""
+        split = {part: mx.split(a, len(self)) for part, a in self.arrays.items()}
+        made = tuple(
+            NF4Tensor.from_arrays(self.shape[1:], {part: each[e].reshape(-1) for part, each in split.items()})
+            for e in range(len(self))
+        )
+        mx.eval([list(t.arrays().values()) for t in made])
+        return made
+
+    def dequantize(
+        self, dtype: mx.Dtype = mx.float32, after: mx.array | None = None, which: Sequence[int] | None = None
+    ) -> mx.array:
+        """The matrices with the numbers `which`, by default all, [n, O, I] in `dtype`, in one launch on a GPU. O I must
+        be a multiple of 64.
+        """
+        _, O, I = self.shape
+        numbers = tuple(range(len(self)) if which is None else which)
+        return nf4.dequantize(self.parts.after(after), O * I, dtype, numbers).reshape(len(numbers), O, I)

@@ -1,5 +1,6 @@
 """AdamW over a tree of parameters, used as mlx.optimizers are; learning-rate schedule; clipping by the global norm."""
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +11,14 @@ import numpy as np
 
 from magellano.backend import mx, nn, on_gpu, tree_flatten, tree_map, tree_unflatten
 from magellano.names import StateDtype
-from magellano.ops.adamw import Moments, Step, adamw
+from magellano.ops import adamw as op
+from magellano.ops.adamw import Moments, Numbers, adamw
+from magellano.ops.square_sum import add_squares, no_squares
 
 STEP = "step"
 PARTS = ("m", "s", "peak")
 _SMALL_ON_GPU, _SMALL_ON_CPU = 1 << 20, 1 << 18  # elements; smaller tensors step together
+_WINDOW = 64  # steps whose numbers are made and uploaded at once
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:
@@ -27,9 +31,19 @@ class _Group:
 
     names: list[str]
     shapes: list[tuple[int, ...]]
-    decays: bool
-    salt: int
+    own: mx.array  # float32 [8], see op.own_numbers
     moments: Moments  # flat
+    given: list[mx.array]  # the last new parameters that were handed out, and the flat tensor that they are views of
+    flat: mx.array | None = None
+
+    def weights(self, current: Mapping[str, mx.array]) -> mx.array:
+        """The parameters as one flat tensor; joined anew only if one isn't the very object that was handed out last
+        (nn.value_and_grad puts new ones into a model).
+        """
+        now = [current[name] for name in self.names]
+        if self.flat is not None and all(a is b for a, b in zip(now, self.given, strict=True)):
+            return self.flat
+        return _join(now)
 
     def states(self) -> Iterator[tuple[str, mx.array]]:
         """(NAME.PART, a view of the flat state)."""
@@ -42,18 +56,22 @@ class _Group:
 class AdamW:
     """AdamW with decoupled weight decay, optional AMSGrad, float32 or float16 states (see magellano/ops/adamw.py).
 
+    `learning_rate` is a number or a function of the step, from 0, which is asked for up to 64 steps ahead: on a GPU a
+    step must upload nothing, for that costs more than the step. It may be set anew at any time.
+
     `decays(name)` says which parameters weight decay touches; by default all. Small parameters of one kind step as one
     flat tensor: a launch costs more than they do. The stochastic rounding of float16 states depends on the seed, the
     step, and which parameters step together.
 
     `state` is one flat dict: "step", and for each parameter NAME.m, NAME.s and, with AMSGrad, NAME.peak; it can be set
     from any tree that flattens to these names. Until it is read the optimiser is its states' only owner, and on a CPU
-    it writes over them; so read it to save it, not at every step. Not for mx.compile: steps are counted here.
+    it writes over them; so read it to save it, and after a step call `evaluate`. Not for mx.compile: steps are counted
+    here.
     """
 
     def __init__(
         self,
-        learning_rate: float = 1e-3,
+        learning_rate: float | Callable[[int], float] = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -70,7 +88,9 @@ class AdamW:
         self._loose: dict[str, mx.array] = {}  # states of parameters that are in no group yet
         self._groups: list[_Group] = []
         self._kinds: list[Any] = []  # what the groups were made for
+        self._settings: Any = None  # with what
         self._alone = True  # nobody else holds the groups' states
+        self._window: tuple[Any, range, list[mx.array]] | None = None  # what it was made from, its steps, theirs
 
     @property
     def state(self) -> dict[str, mx.array]:
@@ -86,6 +106,11 @@ class AdamW:
     def step(self) -> mx.array:
         """Steps taken, uint32."""
         return mx.array(self._step, dtype=mx.uint32)
+
+    def evaluate(self, *others: Any) -> None:
+        """mx.eval of the states, which stay in the optimiser's hands, and of the trees `others`."""
+        moments = [getattr(group.moments, part) for group in self._groups for part in self._parts]
+        mx.eval(*others, self._loose, moments)
 
     def init(self, parameters: Any) -> None:
         """Zero states for every array of the tree `parameters`."""
@@ -103,7 +128,7 @@ class AdamW:
         learning_rate: float | mx.array | None = None,
         factor: float | mx.array = 1.0,
     ) -> None:
-        """Take a step: `model`'s parameters that have gradients are replaced."""
+        """Take a step: `model`'s parameters that have gradients are replaced. See `apply_gradients`."""
         model.update(self.apply_gradients(gradients, model.trainable_parameters(), learning_rate, factor))
 
     def apply_gradients(
@@ -113,20 +138,41 @@ class AdamW:
         learning_rate: float | mx.array | None = None,
         factor: float | mx.array = 1.0,
     ) -> Any:
-        """The tree of new parameters after a step. `factor` multiplies every gradient on the way in."""
+        """The tree of new parameters after a step.
+
+        `learning_rate`: instead of the optimiser's own, at the cost of an upload in this step. `factor` multiplies
+        every gradient on the way in; an array, such as `gradient_factor` makes, is never waited for. Where it is not
+        finite, parameters and states stay as they are; whoever learns of that later says `take_back`.
+        """
         current, grads = dict(_flat(parameters)), dict(_flat(gradients))
         self._arrange(current, grads)
-        lr = self.learning_rate if learning_rate is None else learning_rate
         self._step += 1
+        now, times = self._now(learning_rate), op.factor_numbers(factor)
         new: dict[str, mx.array] = {}
         for group in self._groups:
-            w, g = (_join([arrays[name] for name in group.names]) for arrays in (current, grads))
-            decay = self.weight_decay if group.decays else 0.0
-            step = Step(self._step, lr, *self.betas, self.eps, decay, factor, group.salt)
-            w, group.moments = adamw(w, g, group.moments, step, in_place=self._alone)
-            new.update(zip(group.names, _cut(w, group.shapes), strict=True))
+            w, g = group.weights(current), _join([grads[name] for name in group.names])
+            w, group.moments = adamw(w, g, group.moments, Numbers(now, group.own, times), in_place=self._alone)
+            group.flat, group.given = w, _cut(w, group.shapes)
+            new.update(zip(group.names, group.given, strict=True))
         self._alone = True
-        return tree_unflatten([(name, new[name]) for name in grads])
+        leaves = iter([new[name] for name in grads])
+        return tree_map(lambda _: next(leaves), gradients)
+
+    def take_back(self) -> None:
+        """Do not count the last step, whose factor was not finite."""
+        self._step -= 1
+
+    def _now(self, learning_rate: float | mx.array | None) -> mx.array:
+        """The numbers of step `self._step`, made for many steps at once (see op.now_numbers)."""
+        if learning_rate is not None:
+            return op.now_of(self._step, learning_rate, self.betas)
+        made_from = (self.learning_rate, self.betas)
+        if self._window is None or self._window[0] != made_from or self._step not in self._window[1]:
+            steps = range(self._step, self._step + _WINDOW)
+            lr = self.learning_rate
+            rates = [lr(t - 1) for t in steps] if callable(lr) else [lr] * _WINDOW
+            self._window = made_from, steps, op.now_numbers(self._step, rates, self.betas)
+        return self._window[2][self._step - self._window[1].start]
 
     @property
     def _parts(self) -> tuple[str, ...]:
@@ -134,9 +180,11 @@ class AdamW:
 
     def _arrange(self, current: Mapping[str, mx.array], grads: Mapping[str, mx.array]) -> None:
         """Make the groups for these parameters, unless they are the last step's."""
-        kinds = [(name, current[name].shape, current[name].dtype, g.dtype) for name, g in grads.items()]
-        if kinds == self._kinds:
+        kinds = [(name, (w := current[name]).shape, w.dtype, g.dtype) for name, g in grads.items()]
+        settings = (self.betas, self.eps, self.weight_decay)
+        if kinds == self._kinds and settings == self._settings:
             return
+        self._settings = settings
         self.init(tree_unflatten([(name, current[name]) for name in grads if not self._known(name)]))
         small: dict[Any, list[str]] = {}
         groups, self._alone = [], False  # the states may be someone's arrays
@@ -153,7 +201,9 @@ class AdamW:
     def _group(self, names: list[str], current: Mapping[str, mx.array]) -> _Group:
         moments = Moments(*(_join([self._loose.pop(f"{name}.{part}") for name in names]) for part in self._parts))
         salt = zlib.crc32("\n".join(names).encode(), self.seed & 0xFFFFFFFF)
-        return _Group(names, [current[name].shape for name in names], self.decays(names[0]), salt, moments)
+        decay = self.weight_decay if self.decays(names[0]) else 0.0
+        own = op.own_numbers(self.betas, self.eps, decay, salt)
+        return _Group(names, [current[name].shape for name in names], own, moments, [])
 
 
 def _join(arrays: list[mx.array]) -> mx.array:
@@ -165,7 +215,7 @@ def _cut(flat: mx.array, shapes: list[tuple[int, ...]]) -> list[mx.array]:
     """`_join` backwards."""
     if len(shapes) == 1:
         return [flat.reshape(shapes[0])]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))[:-1]
     return [a.reshape(shape) for a, shape in zip(mx.split(flat, ends), shapes, strict=True)]
 
 
@@ -181,13 +231,24 @@ def cosine_with_warmup(step: int, lr: float, warmup: int, steps: int, min_ratio:
 
 def global_norm(gradients: Any) -> mx.array:
     """The joint norm of all gradients, float32; infinite or NaN if a gradient is."""
-    squares = [g.astype(mx.float32).square().sum() for _, g in _flat(gradients)]
-    return mx.sqrt(mx.stack(squares).sum())
+    squares = no_squares()
+    for _, g in _flat(gradients):
+        squares = add_squares(squares, g)
+    return mx.sqrt(squares.sum())
+
+
+def gradient_factor(norm: mx.array, max_norm: float, scale: float = 1.0) -> mx.array:
+    """AdamW's `factor` for gradients of `scale` times their true size and joint norm `norm`, so scaled too: undoes the
+    scale and clips the true norm to max_norm. Float32 [8], computed on the device: nobody waits for the norm.
+    NaN where the norm is not finite.
+    """
+    top, limit = op.factor_numbers(max_norm), op.factor_numbers(max_norm * scale)
+    return (top + (norm - norm)) / mx.maximum(norm, limit)
 
 
 def clip_by_global_norm(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
-    """Gradients scaled so that their joint norm is at most max_norm, and the norm before. AdamW can take the factor
-    max_norm / max(norm, max_norm) instead, which saves a pass over the gradients.
+    """Gradients scaled so that their joint norm is at most max_norm, and the norm before. AdamW can take what
+    `gradient_factor` makes instead, which saves a pass over the gradients.
     """
     norm = global_norm(gradients)
     factor = max_norm / mx.maximum(norm, max_norm)

@@ -46,18 +46,24 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
             return {"data": how, "vocab_size": profile.model.vocab_size}
         case Stage.PRETRAIN:
             assert profile.pretrain is not None
-            return {"model": profile.model, "seed": profile.base.seed, "train": profile.pretrain.train}
+            facts = {"model": profile.model, "seed": profile.base.seed, "train": profile.pretrain.train}
+            return facts | _loss(profile)
         case Stage.QUANTIZE:
             seeded = profile.base.source is BaseSource.SEEDED
             return {"model": profile.model, "quantize": profile.quantize, "seed": profile.base.seed if seeded else None}
         case Stage.ATTACH_LORA:
             return {"lora": profile.lora}
         case Stage.TRAIN:
-            return {"train": profile.train}
+            return {"train": profile.train} | _loss(profile)
         case Stage.CHECKPOINT:
             return {"profile": profile.name}
         case Stage.EVALUATE:
             return {"evaluate": profile.evaluate, "profile": profile.name}
+
+
+def _loss(profile: Profile) -> dict[str, Any]:
+    """[loss] where it differs from plain cross-entropy, for which its other keys mean nothing."""
+    return {"loss": profile.loss} if profile.loss.has_entropy else {}
 
 
 def with_dependents(stages: Iterable[Stage]) -> frozenset[Stage]:

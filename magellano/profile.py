@@ -6,6 +6,7 @@ valid name.
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from magellano.errors import InputError
-from magellano.names import BaseSource, Compute, DataFormat, LayerKind, LoraTarget, Recompute, StateDtype
+from magellano.names import BaseSource, Compute, DataFormat, LayerKind, LoraTarget, LossKind, Recompute, StateDtype
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 
@@ -123,6 +124,22 @@ class LoraConfig(Section):
         return self
 
 
+class LossConfig(Section):
+    """What [train] and [pretrain.train] minimise: -log p(target), and where kind is "renyi" less beta times the Renyi
+    entropy of order alpha of the predicted distribution, both in nats a target token: a penalty on overconfidence.
+    Evaluation is plain cross-entropy whatever kind is.
+    """
+
+    kind: LossKind = Field(default=LossKind.CROSS_ENTROPY, strict=False)
+    alpha: Annotated[float, Field(gt=0.0, le=4.0)] = 2.0  # 1: Shannon's entropy
+    beta: NonNegative = 0.01
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether alpha and beta have an effect."""
+        return self.kind is LossKind.RENYI and self.beta > 0
+
+
 class TrainConfig(Section):
     """One training run. A step is `accumulate` micro-batches of `batch` sequences, weighted by their target tokens."""
 
@@ -188,6 +205,7 @@ class Profile(Section):
     data: DataConfig
     quantize: QuantizeConfig = QuantizeConfig()
     lora: LoraConfig = LoraConfig()
+    loss: LossConfig = LossConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     memory: MemoryConfig = MemoryConfig()
@@ -309,6 +327,8 @@ def _explain(error: ValidationError, path: Path, overrides: dict[str, Any]) -> s
         where = "override" if any(key == o or key.startswith(o + ".") for o in overrides) else str(path)
         message = e["msg"].removeprefix("Value error, ")
         shown = f" (got {e['input']!r})" if not isinstance(e["input"], dict) else ""
+        if e["type"] == "enum":
+            message += _nearest(str(e["input"]), re.findall(r"'([^']*)'", e["ctx"]["expected"]))
         if e["type"] == "missing":
             message, shown = "this key is required; add it", ""
         lines.append(f"{where}: {key}: {message}{shown}")

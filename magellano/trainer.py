@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from magellano import activations, state
-from magellano.backend import compute_dtype, mx, nn, on_gpu, tree_flatten, tree_map, tree_unflatten
+from magellano.backend import compute_dtype, mx, tree_flatten, tree_unflatten
+from magellano.backprop import Backprop, Batch
 from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import parameters
 from magellano.model import MagellanoLM
 from magellano.names import METRICS, Compute
-from magellano.optimizer import AdamW, cosine_with_warmup, global_norm
-from magellano.profile import TrainConfig
+from magellano.ops.cross_entropy import Renyi
+from magellano.optimizer import AdamW, cosine_with_warmup, global_norm, gradient_factor
+from magellano.profile import LossConfig, TrainConfig
 from magellano.progress import Progress
 from magellano.signals import StopRequest
 
@@ -50,7 +52,9 @@ class LossScale:
 
 @dataclass
 class Metrics:
-    """One line of metrics.jsonl. loss: nats a target token; norm: before clipping; skipped: gradient not finite."""
+    """One line of metrics.jsonl. loss: plain cross-entropy in nats a target token, whatever is minimised; norm: before
+    clipping; skipped: gradient not finite.
+    """
 
     step: int
     loss: float
@@ -64,14 +68,21 @@ class Metrics:
 
 
 class Trainer:
-    """Trains what is trainable in `model` on the split `train` of a tokens folder."""
+    """Trains what is trainable in `model` on the split `train` of a tokens folder, by default for cross-entropy."""
 
-    def __init__(self, model: MagellanoLM, config: TrainConfig, tokens: Path, limit_gib: float = 0.0):
+    def __init__(
+        self,
+        model: MagellanoLM,
+        config: TrainConfig,
+        tokens: Path,
+        loss: LossConfig | None = None,
+        limit_gib: float = 0.0,
+    ):
         """`limit_gib`: as the profile's [memory]; 0: none."""
         self.model, self.config = model, config
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
-        model.checkpointing = activations.recomputes(model, config, config.batch * self.train.seq_len, limit_gib)
+        model.chunk = config.loss_chunk
         self.routers = any(name.endswith("router.weight") for name in dict(tree_flatten(model.trainable_parameters())))
         decays = {spec.name for spec in parameters(model.config) if spec.decays}
         self.optimizer = AdamW(
@@ -82,49 +93,59 @@ class Trainer:
         float16 = config.compute is Compute.FLOAT16
         self.scale = LossScale(SCALE_START, dynamic=True) if float16 else LossScale()
         self.step, self.tokens = 0, 0
-        self._grad = nn.value_and_grad(model, self._loss)
-
-    def _loss(self, batch: shards.Batch, total: float, scale: float) -> tuple[mx.array, mx.array]:
-        tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
-        weights, reset = mx.array(batch.weights), mx.array(batch.reset)
-        rows = np.flatnonzero(batch.weights)
-        # the head is a good part of a step, and a completion's prompt has no loss; a GPU wants steps of one shape
-        counted = mx.array(rows) if 0 < rows.size < batch.weights.size and not on_gpu() else None
-        nll, routers = self.model.loss_sum(tokens, targets, weights, reset, self.config.loss_chunk, counted)
-        objective = nll / total
-        if self.routers:
-            c = self.config
-            objective = objective + (c.balance_loss * routers[0] + c.router_z_loss * routers[1]) / c.accumulate
-        return objective * scale, nll
+        self._follow_schedule()
+        self.backprop = Backprop(
+            model, Renyi(loss.alpha, loss.beta) if loss and loss.has_entropy else None,
+            keeps=not activations.recomputes(model, config, config.batch * self.train.seq_len, limit_gib),
+        )  # fmt: skip
 
     def one_step(self) -> Metrics:
         """Take the next step and return its metrics."""
         c, started = self.config, time.perf_counter()
         batches = [self._micro_batch(i) for i in range(c.accumulate)]
         total = sum(float(b.weights.sum()) for b in batches)
-        grads: Any = None
-        nll = 0.0
-        for batch in batches:
-            (_, part), more = self._grad(batch, max(total, 1.0), self.scale.value)
-            grads = more if grads is None else tree_map(mx.add, grads, more)
-            mx.eval(grads, part)
-            nll += part.item()
-        norm = float(np.array(global_norm(grads))) / self.scale.value
-        lr = cosine_with_warmup(self.step, c.lr, c.warmup, c.steps, c.min_lr_ratio)
-        finite = bool(np.isfinite(norm) and np.isfinite(nll))
-        if finite:
-            factor = c.clip_norm / max(norm, c.clip_norm) / self.scale.value  # clipping and unscaling in the same pass
-            self.optimizer.update(self.model, grads, lr, factor)
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        grads: dict[str, mx.array] = {}
+        nll, squares = mx.zeros(()), mx.zeros(())
+        routers = (c.balance_loss / c.accumulate, c.router_z_loss / c.accumulate) if self.routers else None
+        for rows in batches:
+            batch = Batch(*(mx.array(a) for a in (rows.tokens, rows.targets, rows.weights, rows.reset)))
+            scaled = None if routers is None else (routers[0] * self.scale.value, routers[1] * self.scale.value)
+            found = self.backprop(batch, self.scale.value / max(total, 1.0), scaled)
+            nll, squares = nll + found.nll, found.squares
+            grads = _added(grads, found.gradients) if c.accumulate > 1 else found.gradients
+        norm = mx.sqrt(squares.sum()) if c.accumulate == 1 else global_norm(grads)
+        # The update is on its way before the norm is known here; a factor that is not finite changes nothing.
+        factor = gradient_factor(norm + (nll - nll), c.clip_norm, self.scale.value)
+        self.optimizer.update(self.model, tree_unflatten(list(grads.items())), factor=factor)
+        grads = {}
+        self.optimizer.evaluate(self.model.trainable_parameters(), norm, nll)
+        loss, grad_norm = float(np.array(nll)) / max(total, 1.0), float(np.array(norm)) / self.scale.value
+        finite, lr = bool(np.isfinite(grad_norm) and np.isfinite(loss)), self._rate(self.step)
+        if not finite:
+            self.optimizer.take_back()
         self.scale.update(finite)
         self.step += 1
         self.tokens += int(total)
+        if not finite:
+            self._follow_schedule()
         seconds = time.perf_counter() - started
         inputs = c.batch * c.accumulate * self.train.seq_len
         return Metrics(
-            self.step, nll / max(total, 1.0), lr, norm, self.tokens, inputs / seconds,
+            self.step, loss, lr, grad_norm, self.tokens, inputs / seconds,
             mx.get_peak_memory() / GIB, seconds, not finite,
         )  # fmt: skip
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of step `step`, from 0."""
+        c = self.config
+        return cosine_with_warmup(step, c.lr, c.warmup, c.steps, c.min_lr_ratio)
+
+    def _follow_schedule(self) -> None:
+        """Tell the optimiser the rates of the steps to come; it counts the steps that it took, which skipped ones are
+        not.
+        """
+        skipped = self.step - int(np.array(self.optimizer.step))
+        self.optimizer.learning_rate = lambda step: self._rate(step + skipped)
 
     def _micro_batch(self, micro: int) -> shards.Batch:
         c = self.config
@@ -162,7 +183,15 @@ class Trainer:
         self.model.update(tree_unflatten(list(found.parameters.items())))
         self.optimizer.state = tree_unflatten(list(found.optimizer.items()))
         self.step, self.tokens, self.scale = facts["step"], facts["tokens"], LossScale(**facts["loss_scale"])
+        self._follow_schedule()
         return True
+
+
+def _added(sums: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Both sums, in float32."""
+    made = {n: g.astype(mx.float32) + sums[n] if n in sums else g.astype(mx.float32) for n, g in more.items()}
+    mx.eval(made)
+    return made
 
 
 def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, Any]:

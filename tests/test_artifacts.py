@@ -349,6 +349,8 @@ def changed(stage: Stage, override: str, value: object) -> bool:
         ("base.seed", 5, {Stage.PRETRAIN}),
         ("pretrain.train.lr", 1e-4, {Stage.PRETRAIN}),
         ("quantize.embedding", False, {Stage.QUANTIZE}),
+        ("loss.kind", "renyi", {Stage.PRETRAIN, Stage.TRAIN}),
+        ("loss.beta", 0.5, set()),  # cross-entropy has none
         ("evaluate.samples", 1, {Stage.EVALUATE}),
         ("memory.limit_gib", 9.0, set()),
         ("description", "other", set()),

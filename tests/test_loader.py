@@ -49,7 +49,11 @@ def test_a_quantised_base_is_the_quantised_weights(tmp_path: Path) -> None:
     for spec in (s for s in loader.parameters(SMALL) if s.target):
         weight, original = source(spec), seeded(0)(spec)
         assert not isinstance(weight, mx.array)
-        got = weight.dequantize() if isinstance(weight, nf4.NF4Tensor) else mx.stack([w.dequantize() for w in weight])
+        got = (
+            weight.dequantize()
+            if isinstance(weight, nf4.NF4Tensor)
+            else mx.stack([w.dequantize() for w in weight.tensors])
+        )
         assert isinstance(original, mx.array)
         want = (
             mx.stack([nf4.quantize(w).dequantize() for w in original])

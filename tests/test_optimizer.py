@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from magellano import optimizer as module
 from magellano.backend import mx, nn, tree_flatten, tree_unflatten
 from magellano.names import StateDtype
-from magellano.optimizer import AdamW, clip_by_global_norm, cosine_with_warmup
+from magellano.ops import adamw as op
+from magellano.optimizer import AdamW, clip_by_global_norm, cosine_with_warmup, global_norm, gradient_factor
 
 
 def model() -> nn.Module:
@@ -82,6 +84,97 @@ def test_learning_rate_of_a_call_and_factor() -> None:
     for _ in range(3):
         left, right = a.apply_gradients(g, p, factor=0.5), b.apply_gradients(halves, p)
         np.testing.assert_allclose(left["w"], right["w"], rtol=1e-6)
+
+
+def rate(step: int) -> float:
+    return 0.02 / (1 + step)
+
+
+@pytest.mark.parametrize("state", list(StateDtype))
+def test_a_schedule_is_the_rates_given_one_by_one(state: StateDtype) -> None:
+    scheduled, told, resumed = AdamW(rate, state=state), AdamW(9.0, state=state), AdamW(rate, state=state)
+    p = q = {"w": mx.array([1.0, 2.0])}
+    for step in range(150):  # over two borders of the window
+        g = {"w": mx.array([4.0, -8.0]) * (step % 5)}
+        optimizer = scheduled if step < 100 else resumed
+        p, q = optimizer.apply_gradients(g, p), told.apply_gradients(g, q, learning_rate=rate(step))
+        np.testing.assert_array_equal(p["w"], q["w"])
+        if step == 99:
+            resumed.state = scheduled.state
+
+
+def test_settings_may_change_between_steps() -> None:
+    p, g = {"w": mx.array([1.0, 2.0])}, {"w": mx.array([4.0, -8.0])}
+    optimizer = AdamW(0.1, weight_decay=0.0)
+    p = optimizer.apply_gradients(g, p)
+    optimizer.learning_rate = 0.0
+    still = optimizer.apply_gradients(g, p)
+    np.testing.assert_array_equal(still["w"], p["w"])
+    optimizer.learning_rate, optimizer.weight_decay = 1e-9, 1e8
+    np.testing.assert_allclose(optimizer.apply_gradients(g, still)["w"], np.array(p["w"]) * 0.9, rtol=1e-6)
+
+
+def test_a_step_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, optimizer = model(), AdamW(rate, state=StateDtype.FLOAT16)
+    g = gradients(m, 0)
+    optimizer.update(m, g, factor=gradient_factor(global_norm(g), 1.0, 8.0))
+
+    def fail(values: np.ndarray) -> mx.array:
+        raise AssertionError(f"a step uploads {values}")
+
+    monkeypatch.setattr(op, "_on_device", fail)
+    for _ in range(60):
+        optimizer.update(m, g, factor=gradient_factor(global_norm(g), 1.0, 8.0))
+    with pytest.raises(AssertionError, match="uploads"):
+        optimizer.update(m, g, learning_rate=0.1)
+
+
+def test_parameters_that_were_handed_out_are_not_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[int] = []
+    join = module._join
+    monkeypatch.setattr(module, "_join", lambda arrays: joined.append(len(arrays)) or join(arrays))
+    kept, copied = AdamW(0.01, state=StateDtype.FLOAT16), AdamW(0.01, state=StateDtype.FLOAT16)
+    m, other = model(), model()
+    for step in range(4):
+        g = gradients(model(), step)  # not of m, for nn.value_and_grad puts new objects into the model
+        joined.clear()
+        kept.update(m, g)
+        assert joined[-1:] == [4]
+        assert len(joined) == (1 if step else 4)  # at first m, s and the weights too
+        other.update(tree_unflatten([(name, a + 0) for name, a in tree_flatten(other.parameters())]))
+        joined.clear()
+        copied.update(other, g)
+        assert len(joined) == (2 if step else 4)
+        for name, a in values(other).items():
+            np.testing.assert_array_equal(values(m)[name], a)
+    m.layers[0].bias = m.layers[0].bias + 1  # one of them is somebody else's now
+    before = values(m)
+    kept.update(m, gradients(model(), 9), learning_rate=0.0)
+    for name, a in values(m).items():
+        np.testing.assert_array_equal(a, before[name])
+
+
+def test_gradient_factor() -> None:
+    for norm, scale, right in ((10.0, 1.0, 0.2), (1.0, 1.0, 1.0), (80.0, 8.0, 0.025), (8.0, 8.0, 0.125)):
+        factor = gradient_factor(mx.array(norm), 2.0, scale)
+        assert factor.shape == (8,)
+        np.testing.assert_allclose(factor, np.full(8, right), rtol=1e-6)
+    assert all(np.isnan(np.array(gradient_factor(mx.array(bad), 1.0))).all() for bad in (math.inf, math.nan))
+
+
+@pytest.mark.parametrize("state", list(StateDtype))
+def test_a_step_with_an_infinite_gradient_can_be_taken_back(state: StateDtype) -> None:
+    clean, hit = (AdamW(rate, state=state, seed=3) for _ in range(2))
+    p = q = {"w": mx.array([1.0, -2.0, 0.5])}
+    for step in range(4):
+        g = {"w": mx.array([0.1, -0.2, 0.3]) * (step + 1)}
+        bad = {"w": mx.array([0.1, math.inf, 0.3])}
+        q = hit.apply_gradients(bad, q, factor=gradient_factor(global_norm(bad), 1.0))
+        hit.take_back()
+        p = clean.apply_gradients(g, p, factor=gradient_factor(global_norm(g), 1.0))
+        q = hit.apply_gradients(g, q, factor=gradient_factor(global_norm(g), 1.0))
+        np.testing.assert_array_equal(p["w"], q["w"])
+    assert hit.step.item() == 4
 
 
 def test_frozen_parts_stay() -> None:

@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magellano import lora, nf4, state
+from magellano import backprop, lora, nf4, state
 from magellano import trainer as trainer_module
-from magellano.backend import mx, tree_flatten
+from magellano.backend import mx, on_gpu
+from magellano.backprop import Batch
 from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import ParamSpec
 from magellano.linear import Weight
 from magellano.model import MagellanoLM, seeded
-from magellano.names import Compute, StateDtype
-from magellano.profile import LoraConfig, ModelConfig, TrainConfig
+from magellano.names import Compute, Recompute, StateDtype
+from magellano.ops import host
+from magellano.profile import LoraConfig, LossConfig, ModelConfig, TrainConfig
 from magellano.trainer import Trainer, run_to_end
 
 SMALL = ModelConfig(d_model=32, n_layers=4, n_experts=3, d_ff=24, d_state=4, dt_rank=4, vocab_size=300)
@@ -47,16 +49,16 @@ def tokens(tmp_path: Path) -> Path:
     return folder
 
 
-def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG) -> Trainer:
+def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG, loss: LossConfig | None = None) -> Trainer:
     def source(spec: ParamSpec) -> Weight:
         w = seeded(3)(spec)
         if spec.target is None:
             return w
-        return [nf4.quantize(x) for x in w] if w.ndim == 3 else nf4.quantize(w)
+        return nf4.NF4Stack.of([nf4.quantize(x) for x in w]) if w.ndim == 3 else nf4.quantize(w)
 
     model, settings = MagellanoLM(SMALL, source), LoraConfig(rank=4)
     lora.attach(model, settings, lora.start(SMALL, settings))
-    return Trainer(model, config, tokens)
+    return Trainer(model, config, tokens, loss)
 
 
 def digest(trainer: Trainer) -> str:
@@ -143,6 +145,28 @@ def test_the_last_two_checkpoints_stay(tokens: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "tokens") == ["step-000000003", "step-000000004"]
 
 
+@pytest.mark.skipif(on_gpu(), reason="GPUs allocate cheaply")
+def test_steps_write_over_the_states_until_somebody_reads_them(tokens: Path) -> None:
+    trainer = adapter_trainer(tokens)
+
+    def places() -> list[int]:
+        moments = [group.moments for group in trainer.optimizer._groups]
+        return [host.view(a).ctypes.data for m in moments for a in (m.m, m.s)]
+
+    trainer.one_step()
+    first = places()
+    for _ in range(3):
+        trainer.one_step()
+        assert places() == first
+    read = trainer.optimizer.state
+    before = {name: np.array(a) for name, a in read.items()}
+    trainer.one_step()
+    assert not set(places()) & set(first)
+    for name, value in before.items():
+        np.testing.assert_array_equal(read[name], value, name)
+        assert (np.array(trainer.optimizer.state[name]) != value).any(), name
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_halves_the_scale(tokens: Path) -> None:
     trainer = adapter_trainer(tokens)
     trainer.scale.dynamic, trainer.scale.value = True, 4.0
@@ -196,26 +220,28 @@ def test_a_resumed_float16_run_continues_with_its_loss_scale(
     assert digest(second) == digest(whole)
 
 
-def test_rows_that_do_not_count_need_no_head(tokens: Path) -> None:
-    """The same loss and gradient whether the head sees all rows or the counted ones alone."""
-    some, every = adapter_trainer(tokens), adapter_trainer(tokens)
-    batch = some.train.batch(range(4))
-    rows = np.flatnonzero(batch.weights)
-    assert 0 < rows.size < batch.weights.size
-    arrays = [mx.array(a) for a in (batch.tokens, batch.targets, batch.weights, batch.reset)]
-
-    def gradient(t: Trainer, counted: mx.array | None) -> tuple[mx.array, dict[str, mx.array]]:
-        def loss(parameters: dict) -> mx.array:
-            t.model.update(parameters)
-            return t.model.loss_sum(*arrays, 8, counted)[0]
-
-        value, grads = mx.value_and_grad(loss)(t.model.trainable_parameters())
-        return value, dict(tree_flatten(grads))
-
-    (a, da), (b, db) = gradient(some, mx.array(rows)), gradient(every, None)
-    assert a.item() == pytest.approx(b.item(), rel=1e-6)
-    for name, value in da.items():
-        assert mx.allclose(value, db[name], rtol=1e-4, atol=1e-5).item(), name
+@pytest.mark.parametrize("recompute", ["always", "never"])
+@pytest.mark.parametrize("entropy", [None, LossConfig(kind="renyi", alpha=2.0, beta=0.5)])
+def test_rows_that_do_not_count_need_no_head(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, entropy: LossConfig | None
+) -> None:
+    """The same loss and gradient whether the head sees all rows or, on a CPU, the counted ones alone."""
+    trainer = adapter_trainer(tokens, CONFIG.model_copy(update={"recompute": Recompute(recompute)}), entropy)
+    rows = trainer.train.batch(range(4))
+    counted = np.count_nonzero(rows.weights)
+    assert 0 < counted < rows.weights.size
+    batch = Batch(*(mx.array(a) for a in (rows.tokens, rows.targets, rows.weights, rows.reset)))
+    seen, head = [], trainer.model.backbone.embeddings.head
+    monkeypatch.setattr(
+        type(trainer.model.backbone.embeddings), "head", lambda self, h: (seen.append(h.shape[0]), head(h))[1]
+    )
+    some = trainer.backprop(batch, 0.5)
+    monkeypatch.setattr(backprop, "_counted", lambda weights: None)
+    every = trainer.backprop(batch, 0.5)
+    assert seen == [rows.weights.size if on_gpu() else counted, rows.weights.size]
+    assert some.nll.item() == pytest.approx(every.nll.item(), rel=1e-6)
+    for name, value in every.gradients.items():
+        assert mx.allclose(some.gradients[name], value, rtol=1e-4, atol=1e-5).item(), name
 
 
 def test_an_all_masked_batch_counts_nothing(tokens: Path) -> None:
@@ -226,3 +252,43 @@ def test_an_all_masked_batch_counts_nothing(tokens: Path) -> None:
     assert metrics.loss == 0.0
     assert metrics.grad_norm == 0.0
     assert not metrics.skipped
+
+
+def losses_and_trainer(tokens: Path, loss: LossConfig | None, steps: int = 30) -> tuple[list[float], Trainer]:
+    config = CONFIG.model_copy(update={"steps": steps, "batch": 8, "lr": 2e-2})
+    trainer = adapter_trainer(tokens, config, loss)
+    return [trainer.one_step().loss for _ in range(steps)], trainer
+
+
+def entropies(trainer: Trainer) -> float:
+    """Mean Shannon entropy of the model's predictions on the first training rows, in nats."""
+    batch = trainer.train.batch(np.arange(8))
+    logits = np.array(trainer.model(mx.array(batch.tokens), mx.array(batch.reset)), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return float(-(np.exp(log_p) * log_p).sum(axis=-1).mean())
+
+
+def test_renyi_trains_and_keeps_the_predictions_less_sure(tokens: Path) -> None:
+    """The reported loss is plain cross-entropy: it starts where the plain run's does, and it falls too."""
+    plain, plainly = losses_and_trainer(tokens, LossConfig())
+    losses, trainer = losses_and_trainer(tokens, LossConfig(kind="renyi", alpha=2.0, beta=0.5))
+    assert losses[0] == plain[0]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert digest(trainer) != digest(plainly)
+    assert entropies(trainer) > entropies(plainly) + 0.1
+
+
+def test_renyi_of_weight_0_is_cross_entropy_to_the_bit(tokens: Path) -> None:
+    runs = [losses_and_trainer(tokens, loss, 4) for loss in (None, LossConfig(kind="renyi", beta=0.0), LossConfig())]
+    assert len({tuple(losses) for losses, _ in runs}) == 1
+    assert len({digest(trainer) for _, trainer in runs}) == 1
+
+
+def test_renyi_near_order_1_trains_as_shannon(tokens: Path) -> None:
+    trained = {
+        alpha: losses_and_trainer(tokens, LossConfig(kind="renyi", alpha=alpha, beta=0.5), 10)
+        for alpha in (1.0, 1.0 + 1e-4, 2.0)
+    }
+    shannon, near, far = (np.array(trained[alpha][0]) for alpha in trained)
+    assert np.abs(near - shannon).max() < 1e-3
+    assert np.abs(far - shannon).max() > 1e-2

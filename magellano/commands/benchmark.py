@@ -9,11 +9,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HELP = "measure one part on this machine"
-NAMES = ("adamw", "scan", "nf4", "moe", "loss", "train", "generate")
+OF_A_PROFILE = ("train", "generate")
+NAMES = ("adamw", "scan", "nf4", "moe", "loss", *OF_A_PROFILE)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
+    parser.add_argument("--profile", metavar="PROFILE", help="whose model trains or generates (demo)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting, as train.batch=16"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="how many steps or tokens are timed")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -22,7 +28,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not available(args.name):
         have = [name for name in NAMES if available(name)]
         raise InputError(f"benchmark {args.name} is not written yet; there is {', '.join(have) or 'none'}")
-    return {"benchmark": args.name, **importlib.import_module(f"magellano.benchmark.{args.name}").run()}
+    work = importlib.import_module(f"magellano.benchmark.{args.name}").run
+    return {"benchmark": args.name, **work(**_settings(args))}
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a benchmark of a whole model is told; those of single operations take nothing."""
+    from magellano.errors import InputError
+    from magellano.profile import load_profile, parse_override
+
+    if args.name not in OF_A_PROFILE:
+        if args.profile or args.set or args.steps:
+            raise InputError(f"benchmark {args.name}: --profile, --set and --steps belong to {', '.join(OF_A_PROFILE)}")
+        return {}
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps {args.steps}: must be 1 or more")
+    profile = load_profile(args.profile or "demo", dict(map(parse_override, args.set)))
+    return {"profile": profile, **({"steps": args.steps} if args.steps else {})}
 
 
 def available(name: str) -> bool:
@@ -36,7 +58,9 @@ def show(facts: dict[str, Any], console: "Console") -> None:
     rows = {key: value for key, value in facts.items() if not isinstance(value, list | dict)}
     report.facts("Benchmark", rows).show(console)
     for key, value in facts.items():
-        if isinstance(value, list) and value:
+        if isinstance(value, list) and value and not isinstance(value[0], dict):
+            console.print(f"{key.replace('_', ' ')}: {', '.join(map(report.number, value))}")
+        elif isinstance(value, list) and value:
             columns = tuple(dict.fromkeys(c for row in value for c in row))  # not every row has every measure
             table = tuple(tuple(report.number(row[c]) if c in row else "" for c in columns) for row in value)
             report.Table(key, columns, table).show(console)

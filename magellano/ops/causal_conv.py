@@ -3,6 +3,8 @@
 Shapes: B batch, T time, I d_inner, K d_conv.
 """
 
+from dataclasses import dataclass
+
 from magellano.backend import mx
 from magellano.ops import launch
 from magellano.ops.launch import Dialect, Kernel
@@ -12,9 +14,7 @@ Size3 = tuple[int, int, int]
 _INPUTS = ("x", "weight", "bias", "reset", "state")
 _FORWARD = Kernel("causal_conv_forward", _INPUTS, ("y",))
 _BACKWARD = Kernel("causal_conv_backward", (*_INPUTS, "dy"), ("dx", "dweight", "dbias", "dstate"))
-_NOTHING = (8,)  # the shape that stands in for an array that is not there
-_STEPS = 64  # time steps of one thread
-_THREADS = 128  # of a threadgroup on a GPU
+_GPU_STEPS, _HOST_STEPS = 8, 64
 
 
 def causal_conv(
@@ -30,7 +30,7 @@ def causal_conv(
 
     reset: non-zero where a document starts; no tap reaches back past it. state [B, K-1, I]: the inputs before the first
     step, zero by default. With return_state also returns those after the last step, in x's dtype, with what lies before
-    a reset set to zero.
+    a reset set to zero. x may be a view, such as half of a projection: it is read where it lies.
 
     Differentiable once, in every input but reset. frozen_parameters: weight and bias are constants; their gradients are
     then zero and cost nothing. Inside mx.compile or mx.vmap on a CPU, where kernels cannot run, it is the reference.
@@ -107,7 +107,7 @@ def _check(given: dict[str, mx.array]) -> None:
 def _fast(given: dict[str, mx.array], frozen: bool) -> mx.array:
     """Through the kernels, with their own gradient."""
     if "reset" in given:
-        given = {**given, "reset": (given["reset"] != 0).astype(mx.uint8)}
+        given = {**given, "reset": launch.flags(given["reset"])}
     if given["weight"].shape[1] == 1:  # then the state has no elements
         given = {name: array for name, array in given.items() if name != "state"}
     constants = {"reset"} | ({"weight", "bias"} if frozen else set())
@@ -115,34 +115,57 @@ def _fast(given: dict[str, mx.array], frozen: bool) -> mx.array:
 
     @mx.custom_function
     def convolve(*values: mx.array) -> mx.array:
-        return _forward({**given, **dict(zip(moving, values, strict=True))})
+        return forward({**given, **dict(zip(moving, values, strict=True))})
 
     @convolve.vjp
     def convolve_vjp(primals, dy_BTI, _output):  # type: ignore[no-untyped-def]
         primals = primals if isinstance(primals, tuple | list) else (primals,)  # MLX hands a single one over bare
-        grads = _backward({**given, **dict(zip(moving, primals, strict=True))}, dy_BTI, frozen)
+        grads = backward({**given, **dict(zip(moving, primals, strict=True))}, dy_BTI, frozen)
         return tuple(grads[name] for name in moving) if len(moving) > 1 else grads[moving[0]]
 
     return convolve(*[given[name] for name in moving])  # type: ignore[return-value]
 
 
-def _launch(given: dict[str, mx.array]) -> tuple[dict[str, int], Size3, Size3]:
-    """The template integers, the grid (threads along the channels, chunks of time, batch rows) and the threadgroup."""
-    (B, T, I), K = given["x"].shape, given["weight"].shape[1]
-    chunks = -(-T // _STEPS)
-    template = {"K": K, "STEPS": _STEPS, "HAS_RESET": "reset" in given, "HAS_STATE": "state" in given}
+@dataclass(frozen=True)
+class Geometry:
+    """How threads share the work; the names in brackets are the texts' template integers."""
+
+    channels: int  # neighbouring channels per thread [CPT]
+    steps: int  # time steps that a thread makes at once [STEPS]
+    threads: int  # of a threadgroup, along the channels
+    parts: int = 1  # in the backward: how many times over, one after another [PARTS]
+
+    def grid(self, B: int, T: int, I: int) -> tuple[Size3, Size3]:
+        """The grid (threads along the channels, chunks of time, batch rows) and the threadgroup."""
+        groups = -(-I // (self.channels * self.threads))
+        return (groups * self.threads, -(-T // (self.steps * self.parts)), B), (self.threads, 1, 1)
+
+
+def geometry(I: int, frozen: bool = True) -> Geometry:
+    """The default for I channels in the dialect in force. On a GPU 4 channels, 8 bytes of 16-bit elements: 8 of them
+    would take twice the registers, 250 in the backward, and halve the threads that wait for memory at the same time.
+    """
     if launch.gpu_geometry():
-        return {**template, "CPT": 1}, (-(-I // _THREADS) * _THREADS, chunks, B), (_THREADS, 1, 1)
-    channels = max(c for c in (64, 32, 16, 8, 4, 2, 1) if I % c == 0)
-    return {**template, "CPT": channels}, (I // channels, chunks, B), (1, 1, 1)
+        channels = 4 if I % 4 == 0 else 1
+        threads = min(128, -(-I // (32 * channels)) * 32)
+        return Geometry(channels, _GPU_STEPS, threads, parts=1 if frozen else 8)  # few partial gradients
+    return Geometry(max(c for c in (64, 32, 16, 8, 4, 2, 1) if I % c == 0), _HOST_STEPS, 1)
 
 
-def _forward(given: dict[str, mx.array]) -> mx.array:
-    template, grid, threadgroup = _launch(given)
+def _template(given: dict[str, mx.array], chosen: Geometry) -> dict[str, mx.Dtype | int]:
+    sizes = {"K": given["weight"].shape[1], "STEPS": chosen.steps, "CPT": chosen.channels}
+    types = {"TX": given["x"].dtype, "TW": given["weight"].dtype, "TBIAS": given["bias"].dtype}
+    return {**sizes, **types, "HAS_RESET": "reset" in given, "HAS_STATE": "state" in given}
+
+
+def forward(given: dict[str, mx.array], chosen: Geometry | None = None) -> mx.array:
+    """One launch."""
     x = given["x"]
+    chosen = chosen or geometry(x.shape[2])
+    grid, threadgroup = chosen.grid(*x.shape)
     return _FORWARD(
-        [given.get(name, mx.zeros(_NOTHING)) for name in _INPUTS],
-        template={**template, "TX": x.dtype},
+        [given.get(name, launch.nothing()) for name in _INPUTS],
+        template=_template(given, chosen),
         grid=grid,
         threadgroup=threadgroup,
         output_shapes=[x.shape],
@@ -150,23 +173,25 @@ def _forward(given: dict[str, mx.array]) -> mx.array:
     )[0]
 
 
-def _backward(given: dict[str, mx.array], dy_BTI: mx.array, frozen: bool) -> dict[str, mx.array]:
-    """The gradient of every input under its name."""
-    template, grid, threadgroup = _launch(given)
+def backward(
+    given: dict[str, mx.array], dy_BTI: mx.array, frozen: bool, chosen: Geometry | None = None
+) -> dict[str, mx.array]:
+    """One launch, and the sums over its partial results: the gradient of every input under its name."""
     x, weight, bias, state = given["x"], given["weight"], given["bias"], given.get("state")
-    I, K = weight.shape
-    parts = grid[1] * x.shape[0]
+    chosen = chosen or geometry(x.shape[2], frozen)
+    grid, threadgroup = chosen.grid(*x.shape)
+    parts, nothing = grid[1] * grid[2], launch.nothing()
     state_dtype = mx.float32 if state is None else state.dtype
     dx, dweight, dbias, dstate = _BACKWARD(
-        [*[given.get(name, mx.zeros(_NOTHING)) for name in _INPUTS], dy_BTI],
-        template={**template, "FROZEN": frozen, "TX": x.dtype, "TS": state_dtype},
+        [*[given.get(name, nothing) for name in _INPUTS], dy_BTI],
+        template={**_template(given, chosen), "PARTS": chosen.parts, "FROZEN": frozen, "TS": state_dtype},
         grid=grid,
         threadgroup=threadgroup,
         output_shapes=[
             x.shape,
-            _NOTHING if frozen else (parts, I, K),
-            _NOTHING if frozen else (parts, I),
-            _NOTHING if state is None else state.shape,
+            nothing.shape if frozen else (parts, *weight.shape),
+            nothing.shape if frozen else (parts, *bias.shape),
+            nothing.shape if state is None else state.shape,
         ],
         output_dtypes=[x.dtype, mx.float32, mx.float32, state_dtype],
     )

@@ -233,6 +233,24 @@ def linear_cross_entropy(
     Differentiable in x, u, b and a dense w, not in weight. Rows of weight 0 count exactly nothing, whatever their
     target. `frozen` says that a dense w needs no gradient: saves its product and its memory. NF4 w is always frozen.
     """
+    return objective_and_nll(x_MD, w_VD, target_M, weight_M, u_Mr, b_Vr, chunk, frozen=frozen, renyi=renyi)[0]
+
+
+def objective_and_nll(
+    x_MD: mx.array,
+    w_VD: mx.array | Quantized,
+    target_M: mx.array,
+    weight_M: mx.array,
+    u_Mr: mx.array | None = None,
+    b_Vr: mx.array | None = None,
+    chunk: int = 512,
+    *,
+    frozen: bool = False,
+    renyi: Renyi | None = None,
+) -> tuple[mx.array, mx.array]:
+    """What `linear_cross_entropy` returns, and the same without the entropy term: it costs no further pass and has no
+    gradient.
+    """
     trains_w = isinstance(w_VD, mx.array) and not frozen
     w_VD, target_M, weight_M = _prepare(x_MD, w_VD, target_M, weight_M)
     given = {"x": x_MD, "w": w_VD if trains_w else None, "u": u_Mr, "b": b_Vr}
@@ -243,17 +261,18 @@ def linear_cross_entropy(
         named = dict(zip(names, arrays, strict=True))
         head = _Head(named.get("w", w_VD), named.get("b"), trains_w)
         rows = _Rows(named["x"], named.get("u"), target_M, weight_M, renyi)
-        total, gradients = _loss_and_gradients(rows, head, chunk, trains_w)
-        return total, *(gradients[name] for name in names)
+        sums, gradients = _loss_and_gradients(rows, head, chunk, trains_w)
+        return *sums, *(gradients[name] for name in names)
 
     @loss.vjp
     def loss_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         arrays = primals if len(names) > 1 else [primals]
-        scaled = [(cotangents[0] * g).astype(a.dtype) for g, a in zip(outputs[1:], arrays, strict=True)]
+        gradients = outputs[-len(names) :]
+        scaled = [(cotangents[0] * g).astype(a.dtype) for g, a in zip(gradients, arrays, strict=True)]
         return scaled if len(names) > 1 else scaled[0]
 
     outputs: tuple[mx.array, ...] = loss(*(given[name] for name in names))  # type: ignore[assignment]
-    return outputs[0]
+    return outputs[0], mx.stop_gradient(outputs[0 if renyi is None else 1])
 
 
 @dataclass
@@ -267,8 +286,12 @@ class _Rows:
     renyi: Renyi | None
 
 
-def _loss_and_gradients(rows: _Rows, head: _Head, chunk: int, trains_w: bool) -> tuple[mx.array, dict[str, mx.array]]:
-    """The loss of all rows and its gradients in float32, by name: x, w (if it trains), u and b (if there)."""
+def _loss_and_gradients(
+    rows: _Rows, head: _Head, chunk: int, trains_w: bool
+) -> tuple[list[mx.array], dict[str, mx.array]]:
+    """The loss of all rows, with an entropy term also without it, and its gradients in float32, by name: x, w (if it
+    trains), u and b (if there).
+    """
     losses, dx, du, done = [], [], [], mx.zeros(())
     sums: dict[str, dict[int, mx.array]] = {"w": {}, "b": {}}  # by the slice's first class
     for i in range(0, rows.x_CD.shape[0], chunk):
@@ -285,21 +308,23 @@ def _loss_and_gradients(rows: _Rows, head: _Head, chunk: int, trains_w: bool) ->
     if rows.u_Cr is not None:
         gradients["u"] = mx.concatenate(du)
     gradients |= {name: mx.concatenate(list(parts.values())) for name, parts in sums.items() if parts}
-    return mx.stack(losses).sum(), gradients
+    return [mx.stack(list(of_chunks)).sum() for of_chunks in zip(*losses, strict=True)], gradients
 
 
 def _chunk(
     rows: _Rows, head: _Head, sums: dict[str, dict[int, mx.array]], trains_w: bool
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The loss of a chunk, dx and du (0 without u); adds its share of dw and db to `sums`."""
+) -> tuple[list[mx.array], mx.array, mx.array]:
+    """The loss of a chunk, with an entropy term also without it; dx and du (0 without u); adds its share of dw and db
+    to `sums`.
+    """
     x_CD, u_Cr, b_Vr = rows.x_CD, rows.u_Cr, head.b_Vr
     parts = head.logits(x_CD, u_Cr)
     lse_C, picked_C = _nll(parts, rows.target_C)
-    loss_C, entropy_C = lse_C - picked_C, None
+    losses, entropy_C = [lse_C - picked_C], None
     if rows.renyi is not None:
         entropy_C = _entropy(parts, lse_C, rows.renyi)
-        loss_C = loss_C - rows.renyi.beta * entropy_C
-    loss = detached(mx.where(rows.weight_C == 0, 0.0, rows.weight_C * loss_C).sum())
+        losses.insert(0, losses[0] - rows.renyi.beta * entropy_C)
+    sums_of = [detached(mx.where(rows.weight_C == 0, 0.0, rows.weight_C * loss_C).sum()) for loss_C in losses]
     dx_CD, du_Cr = mx.zeros(x_CD.shape), mx.zeros(())
     for first, last, w_WD in head.slices(x_CD.dtype):
         g_CW = _gradient(parts.pop(0), lse_C, entropy_C, rows.target_C - first, rows)
@@ -309,7 +334,7 @@ def _chunk(
         if u_Cr is not None and b_Vr is not None:
             du_Cr = detached(du_Cr + (g_CW @ b_Vr[first:last].astype(g_CW.dtype)).astype(mx.float32))
             _add(sums["b"], first, g_CW.T @ u_Cr.astype(g_CW.dtype))
-    return loss, dx_CD, du_Cr
+    return sums_of, dx_CD, du_Cr
 
 
 def _add(parts: dict[int, mx.array], first: int, more: mx.array) -> None:

@@ -126,13 +126,16 @@ def source(
     """
     alone = "" if in_place else " __restrict__"
     shapes = [name for name in inputs if f"{name}_shape" in body]
+    strides = [name for name in inputs if f"{name}_strides" in body]
     attributes = {a: how for a, how in (_SIZES | _PLACES).items() if a in body}
     parameters = [f"const {_C_TYPES[t]}*{alone} {n}" for n, t in inputs.items()]
     parameters += [f"{_C_TYPES[t]}*{alone} {n}" for n, t in outputs.items()]
-    parameters += [f"const int* {n}_shape" for n in shapes]
+    parameters += [f"const int* {n}_shape" for n in shapes] + [f"const int64_t* {n}_strides" for n in strides]
     arguments = [f"(const {_C_TYPES[t]}*)p[{i}]" for i, t in enumerate(inputs.values())]
     arguments += [f"({_C_TYPES[t]}*)p[{len(inputs) + i}]" for i, t in enumerate(outputs.values())]
-    arguments += [f"(const int*)p[{len(inputs) + len(outputs) + i}]" for i in range(len(shapes))]
+    done = len(inputs) + len(outputs)
+    arguments += [f"(const int*)p[{done + i}]" for i in range(len(shapes))]
+    arguments += [f"(const int64_t*)p[{done + len(shapes) + i}]" for i in range(len(strides))]
     parameters += [f"const {'uint' if a in _SIZES else 'uint3'} {a}" for a in attributes]
     arguments += list(attributes.values())
     call = f"body({', '.join(arguments)});"
@@ -186,11 +189,16 @@ def build(name: str, text: str, exact: bool) -> ctypes._CFuncPtr:  # type: ignor
 
 
 def view(array: mx.array) -> np.ndarray:
-    """An evaluated, row-contiguous array's own memory (bfloat16 as uint16), writable."""
+    """An evaluated array's own memory as it lies (bfloat16 as uint16), writable."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
         mx.eval(array)
     return np.array(array, copy=False)
+
+
+def strides(array: mx.array) -> tuple[int, ...]:
+    """How an evaluated array lies in memory: from one element to the next along each axis, in elements."""
+    return tuple(s // array.itemsize for s in view(array).strides)
 
 
 def evaluate(arrays: Sequence[mx.array], name: str) -> None:
@@ -211,12 +219,14 @@ def call(
     name: str,
     inputs: Sequence[mx.array],
     shapes: Sequence[tuple[int, ...]],
+    strides: Sequence[tuple[int, ...]],
     outputs: Sequence[mx.array],
     groups: tuple[int, int, int],
     threads: int,
 ) -> None:
     """Runs a built kernel: reads the inputs where they lie, fills `outputs`, which must be fresh, evaluated arrays."""
-    kept = [view(a) for a in (*inputs, *outputs)] + [np.asarray(s, np.int32) for s in shapes]
+    kept = [view(a) for a in (*inputs, *outputs)]
+    kept += [np.asarray(s, np.int32) for s in shapes] + [np.asarray(s, np.int64) for s in strides]
     pointers = (ctypes.c_void_p * len(kept))(*[a.ctypes.data for a in kept])
     line = run(pointers, (ctypes.c_uint * 4)(*groups, threads))
     if line:

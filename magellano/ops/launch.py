@@ -6,6 +6,8 @@ REFERENCE runs no kernel: every operation has a plain-MLX form beside it.
 """
 
 import functools
+import hashlib
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +22,12 @@ from magellano.ops import host
 from magellano.ops.host import KERNELS, Template, TracedError
 
 __all__ = [
-    "Dialect", "Kernel", "TracedError", "available", "dialect", "gpu_geometry", "on_fibers", "poisoned", "traced",
-    "use", "why",
+    "Dialect", "Kernel", "TracedError", "available", "dialect", "flags", "gpu_geometry", "nothing", "on_fibers",
+    "poisoned", "traced", "use", "why",
 ]  # fmt: skip
 
 _SMALLEST = 8  # Metal passes arrays of fewer elements in another address space; they are padded instead
+_LARGE = 1 << 16  # bytes, from which on the way of filling matters
 _NO_COMPILER = (
     "no C++ compiler: the CPU kernels are replaced by plain MLX (the scan 60 to 190 times slower); install g++"
 )
@@ -143,12 +146,24 @@ def traced(*arrays: mx.array) -> bool:
     return False
 
 
+@functools.cache
+def nothing() -> mx.array:
+    """Stands in for an input that is not there; made once, since on a GPU making it is a launch."""
+    return mx.array([0.0] * _SMALLEST)
+
+
+def flags(a: mx.array) -> mx.array:
+    """`a` as bytes that are non-zero where it is set; bytes and bools are passed as they are, without a launch."""
+    return a if a.dtype in (mx.uint8, mx.bool_) else (a != 0).astype(mx.uint8)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """The text kernels/<name>.metal with its arguments in order.
 
-    `header`: extra text in front of it (helper functions). `exact`: no fused multiply-add on the host, for results that
-    are compared bit by bit.
+    Inputs arrive without gaps between their elements, save those whose `<input>_strides` the text reads: they may be
+    views. `header`: extra text in front of it (helper functions). `exact`: no fused multiply-add on the host, for
+    results that are compared bit by bit. `made`: inputs that only other kernels make, never with gaps.
     """
 
     name: str
@@ -156,11 +171,17 @@ class Kernel:
     outputs: Sequence[str]
     exact: bool = False
     header: str = ""
+    made: Sequence[str] = ()
     _built: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def body(self) -> str:
         return (KERNELS / f"{self.name}.metal").read_text(encoding="utf-8")
+
+    @functools.cached_property
+    def _strided(self) -> tuple[str, ...]:
+        """The inputs that may be views."""
+        return tuple(name for name in self.inputs if f"{name}_strides" in self.body)
 
     def __call__(
         self,
@@ -196,14 +217,19 @@ class Kernel:
     def _prepare(self, name: str, a: mx.array) -> mx.array:
         if a.ndim == 0:
             a = a.reshape(1)
-        if dialect() is not Dialect.CUDA and a.size < _SMALLEST and f"{name}_shape" not in self.body:
+        sized = f"{name}_shape" in self.body or name in self._strided
+        if dialect() is not Dialect.CUDA and a.size < _SMALLEST and not sized:
             a = mx.pad(a.reshape(-1), (0, _SMALLEST - a.size))
         return a
 
     def _run_on_host(self, inputs, template, grid, threadgroup, shapes, dtypes, reuse) -> list[mx.array]:  # type: ignore[no-untyped-def]
         assert threadgroup[1:] == (1, 1), f"{self.name}: threadgroups are one-dimensional on fibers"
-        inputs = [mx.contiguous(a) for a in inputs]
+        inputs = self._packed(inputs)
         host.evaluate(inputs, self.name)
+        for i, name in enumerate(self.inputs):  # LANES loops want neighbours
+            if name in self._strided and not _mode.fibers and host.strides(inputs[i])[-1] != 1:
+                inputs[i] = mx.contiguous(inputs[i])
+                mx.eval(inputs[i])
         key = (
             tuple(a.dtype for a in inputs),
             tuple(dtypes),
@@ -216,31 +242,44 @@ class Kernel:
             types_out = dict(zip(self.outputs, dtypes, strict=True))
             text = host.source(self.body, self.header, types_in, types_out, template, _mode.fibers, bool(reuse))
             self._built[key] = host.build(self.name, text, self.exact)
-        fresh = _poison if _mode.poison else mx.zeros
+        fresh = _poison if _mode.poison else _fresh
         wanted = zip(self.outputs, shapes, dtypes, strict=True)
         outputs = [reuse[name] if name in reuse else fresh(shape, dtype) for name, shape, dtype in wanted]
         assert all(o.shape == tuple(s) and o.dtype == d for o, s, d in zip(outputs, shapes, dtypes, strict=True))
         mx.eval(outputs)
         sizes = [a.shape for n, a in zip(self.inputs, inputs, strict=True) if f"{n}_shape" in self.body]
+        strides = [host.strides(a) for n, a in zip(self.inputs, inputs, strict=True) if n in self._strided]
         groups = (grid[0] // threadgroup[0], grid[1], grid[2])
-        host.call(self._built[key], self.name, inputs, sizes, outputs, groups, threadgroup[0])
+        host.call(self._built[key], self.name, inputs, sizes, strides, outputs, groups, threadgroup[0])
         return outputs
+
+    def _packed(self, inputs: Sequence[mx.array]) -> list[mx.array]:
+        """The inputs without gaps, save those whose strides the text reads: these stay as they lie, views included.
+        mx.contiguous copies an array on a GPU, gaps or not, whose buffer is 16 KiB larger than itself: not large ones.
+        """
+        named, kept = zip(self.inputs, inputs, strict=True), {*self._strided, *self.made}
+        return [a if name in kept or a is nothing() else mx.contiguous(a) for name, a in named]
 
     def _run_on_gpu(self, inputs, template, grid, threadgroup, shapes, dtypes) -> list[mx.array]:  # type: ignore[no-untyped-def]
         d = dialect()
-        if d not in self._built:
+        key = (d, tuple(a.dtype for a in inputs))
+        if key not in self._built:
             make = mx.fast.metal_kernel if d is Dialect.METAL else mx.fast.cuda_kernel
-            self._built[d] = make(
-                name=f"magellano_{self.name}",
+            header = self.gpu_header(d)
+            # MLX finds a built kernel, also on disk, by name and template alone: not by its text or its inputs' types.
+            digest = hashlib.sha256("\0".join([header, self.body, *map(str, key[1])]).encode()).hexdigest()[:12]
+            self._built[key] = make(
+                name=f"magellano_{self.name}_{digest}",
                 input_names=list(self.inputs),
                 output_names=list(self.outputs),
                 source=self.body,
-                header=self.gpu_header(d),
+                header=header,
+                ensure_row_contiguous=not self._strided,  # else _packed does it
             )
         extra = {"init_value": float("nan")} if _mode.poison else {}
         return list(
-            self._built[d](
-                inputs=list(inputs),
+            self._built[key](
+                inputs=self._packed(inputs) if self._strided else list(inputs),
                 template=list(template.items()),
                 grid=grid,
                 threadgroup=threadgroup,
@@ -254,6 +293,12 @@ class Kernel:
         """What MLX puts in front of the body: the dialect's header, common.h and the kernel's own."""
         name = {Dialect.METAL: "metal.h", Dialect.CUDA: "cuda.h"}[d]
         return (KERNELS / name).read_text() + (KERNELS / "common.h").read_text() + self.header + "\n"
+
+
+def _fresh(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Zeros, for MLX makes no array without filling it; as bytes, for wider elements fill a third as fast."""
+    size = math.prod(shape) * dtype.size
+    return mx.zeros((size,), mx.uint8).view(dtype).reshape(shape) if size >= _LARGE else mx.zeros(shape, dtype)
 
 
 def _poison(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -5,6 +5,8 @@ Inside mx.grad and mx.vjp MLX keeps the graph of every array, computed or not, a
 of: mx.eval there frees nothing, and mx.checkpoint saves nothing. `detached` cuts an array loose.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from magellano.backend import mx, on_gpu
@@ -35,3 +37,22 @@ def detached(a: mx.array) -> mx.array:
         return a
     copy = mx.array(np.array(host.view(mx.contiguous(a)), copy=False)) if a.size else mx.zeros(a.shape, a.dtype)
     return copy.view(mx.bfloat16) if a.dtype == mx.bfloat16 else copy
+
+
+def resident(a: mx.array) -> mx.array:
+    """A one-dimensional array that kernels read often, where a GPU reads it without a fault, maybe with zeros behind.
+
+    MLX on CUDA keeps arrays of 8 bytes and fewer, and all that come from the host, in memory that host and device
+    share: the host's next write to a neighbour takes the page away, and the kernel that reads it again waits for it,
+    up to 0.15 ms. What a kernel wrote into an array of 16 bytes stays on the device.
+    """
+    if not on_gpu():
+        return a
+    return mx.pad(a, (0, max(1, 16 - a.size)))
+
+
+def constant(values: Sequence[float], dtype: mx.Dtype) -> mx.array:
+    """`values` as a `resident` array, computed now. For a cache: a kernel's tables and placeholders."""
+    made = resident(mx.array(list(values), dtype=dtype))
+    mx.eval(made)
+    return made

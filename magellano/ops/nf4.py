@@ -12,7 +12,7 @@ in.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,12 +21,12 @@ from magellano.backend import mx
 from magellano.ops import launch
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
-from magellano.ops.lazy import detached, plain
+from magellano.ops.lazy import constant, detached, plain, resident
 
 _QUANTIZE = Kernel("nf4_quantize", ("w", "borders"), ("codes", "absmax"), exact=True)
 _HEADER = (KERNELS / "nf4.h").read_text(encoding="utf-8")
 _SCALES = ("scale_codes", "scale_absmax", "offset", "scales", "values")
-_DEQUANTIZE = Kernel("nf4_dequantize", ("codes", "factor", *_SCALES, "size"), ("out",), exact=True, header=_HEADER)
+_DEQUANTIZE = Kernel("nf4_dequantize", ("codes", "factor", *_SCALES, "which"), ("out",), exact=True, header=_HEADER)
 _MATVEC = Kernel("nf4_matvec", ("x", "expert", "codes", *_SCALES), ("y",), header=_HEADER)
 _THREADS, _MATVEC_THREADS, _SIMD = 128, 256, 32  # of a threadgroup and of a simdgroup on a GPU
 _GPU_UNITS = 8  # packs of 16 bytes dequantised by one GPU thread
@@ -50,13 +50,21 @@ _VALUES = (
 @dataclass(frozen=True, eq=False)
 class Parts:
     """The packed arrays of one matrix, or of E matrices of one shape with a leading dimension E: codes [C], scale_codes
-    [P], scale_absmax [Q], offset [1].
+    [P], scale_absmax [Q], offset [1]. Make them by `of`, which fills offset up (see `resident`).
     """
 
     codes: mx.array
     scale_codes: mx.array
     scale_absmax: mx.array
     offset: mx.array
+
+    @classmethod
+    def of(cls, codes: mx.array, scale_codes: mx.array, scale_absmax: mx.array, offset: mx.array) -> "Parts":
+        return cls(codes, scale_codes, scale_absmax, resident(offset.reshape(-1)))
+
+    def after(self, a: mx.array | None) -> "Parts":
+        """These parts, in a lazy graph not read before `a` is there."""
+        return self if a is None else replace(self, codes=mx.depends([self.codes], [a])[0])
 
 
 class Quantized(Protocol):
@@ -76,19 +84,13 @@ class Quantized(Protocol):
 @functools.cache
 def values() -> mx.array:
     """The 16 values of the codes, float32."""
-    return mx.array(_VALUES, dtype=mx.float32)
+    return constant(_VALUES, mx.float32)[:16]
 
 
 @functools.cache
 def _no_codes() -> mx.array:
     """Stands in for scale codes that are not used."""
-    return mx.array([0] * 8, dtype=mx.uint8)
-
-
-@functools.cache
-def _first_matrix() -> mx.array:
-    """Stands in for the numbers of experts."""
-    return mx.array([0] * 8, dtype=mx.int32)
+    return constant([0] * 8, mx.uint8)
 
 
 @functools.cache
@@ -128,7 +130,7 @@ def _scale_table() -> np.ndarray:
 @functools.cache
 def scale_values() -> mx.array:
     """The 256 values of an 8-bit scale code, float32."""
-    return mx.array(_scale_table())
+    return constant(_scale_table().tolist(), mx.float32)[:256]
 
 
 @functools.cache
@@ -201,16 +203,21 @@ def expand_scales(scale_codes_P: mx.array, scale_Q: mx.array, offset: mx.array) 
     """The float32 factor of each block, [P]. Product and sum are rounded apart, as in bitsandbytes."""
     count = scale_codes_P.size
     table = scale_values()[mx.pad(scale_codes_P, (0, -count % SCALE_BLOCK)).reshape(-1, SCALE_BLOCK)]
-    return (table * scale_Q[:, None]).reshape(-1)[:count] + offset
+    return (table * scale_Q[:, None]).reshape(-1)[:count] + offset[:1]
 
 
-def dequantize(parts: Parts, count: int, dtype: mx.Dtype) -> mx.array:
-    """The `count` flat values of one matrix in `dtype`, computed in float32."""
+def dequantize(parts: Parts, count: int, dtype: mx.Dtype, which: tuple[int, ...] = ()) -> mx.array:
+    """The `count` flat values of one matrix in `dtype`, computed in float32; of E matrices those with the numbers
+    `which`, behind each other.
+    """
     # Metal's compiler may fuse the factor's product and sum, so there MLX makes the factors.
     if plain(parts.codes) or launch.dialect() is Dialect.METAL:
-        factor_P = expand_scales(parts.scale_codes, parts.scale_absmax, parts.offset)
-        return dequantize_blocks(parts.codes, factor_P, count, dtype)
-    return _dequantize_kernel(parts.codes, None, parts, count, dtype)
+        if parts.codes.ndim == 1:
+            factor_P = expand_scales(parts.scale_codes, parts.scale_absmax, parts.offset)
+            return dequantize_blocks(parts.codes, factor_P, count, dtype)
+        arrays = (parts.codes, parts.scale_codes, parts.scale_absmax, parts.offset[: parts.codes.shape[0], None])
+        return mx.concatenate([dequantize(Parts(*(a[e] for a in arrays)), count, dtype) for e in which])
+    return _dequantize_kernel(parts.codes, None, parts, count, dtype, which)
 
 
 def dequantize_blocks(codes_C: mx.array, factor_P: mx.array, count: int, dtype: mx.Dtype) -> mx.array:
@@ -221,34 +228,38 @@ def dequantize_blocks(codes_C: mx.array, factor_P: mx.array, count: int, dtype: 
 
 
 def _dequantize_kernel(
-    codes_C: mx.array, factor_P: mx.array | None, parts: Parts | None, count: int, dtype: mx.Dtype
+    codes: mx.array,
+    factor_P: mx.array | None,
+    parts: Parts | None,
+    count: int,
+    dtype: mx.Dtype,
+    which: tuple[int, ...] = (),
 ) -> mx.array:
     width = 16 // dtype.size if launch.gpu_geometry() else 2  # values per word of codes; a GPU stores 16 bytes of them
-    words = -(-count // width)
+    assert not which or count % BLOCK == 0, f"{count} values a matrix are no whole blocks"
+    words = _words(codes, width).reshape(-1)
+    made_words = len(which) * count // width if which else words.size
     made: mx.array = _DEQUANTIZE(
-        [
-            _words(codes_C, width),
-            values() if factor_P is None else factor_P,
-            *_scale_arrays(parts),
-            _count(words),
-        ],
+        [words, values() if factor_P is None else factor_P, *_scale_arrays(parts), _numbers((len(which), *which))],
         template={
             "T": dtype, "V": width, "UNITS": _GPU_UNITS, "THREADS": _THREADS, "RUN": 1, "EXPAND": factor_P is None,
+            "EACH": count // BLOCK if which else 0,
         },
-        grid=_grid(-(-words // _GPU_UNITS)),
+        grid=_grid(-(-made_words // _GPU_UNITS)),
         threadgroup=(_THREADS, 1, 1),
         host_template={"UNITS": _HOST_BLOCKS, "THREADS": 1, "RUN": BLOCK // width},
-        host_grid=(-(-words // (BLOCK // width * _HOST_BLOCKS)), 1, 1),
-        output_shapes=[(words * width,)],
+        host_grid=(-(-made_words // (BLOCK // width * _HOST_BLOCKS)), 1, 1),
+        output_shapes=[(made_words * width,)],
         output_dtypes=[dtype],
     )[0]  # fmt: skip
-    return made if made.size == count else made[:count]
+    wanted = max(1, len(which)) * count
+    return made if made.size == wanted else made[:wanted]
 
 
-@functools.cache
-def _count(words: int) -> mx.array:
+@functools.lru_cache(maxsize=4096)
+def _numbers(numbers: tuple[int, ...]) -> mx.array:
     """As an array, kept: on a GPU making one is a copy."""
-    return mx.array([words] * 8, dtype=mx.int32)
+    return constant(numbers or (0,), mx.int32)
 
 
 def _words(codes: mx.array, width: int) -> mx.array:
@@ -264,7 +275,7 @@ def _words(codes: mx.array, width: int) -> mx.array:
 def _scale_arrays(parts: Parts | None) -> list[mx.array]:
     if parts is None:
         return [_no_codes(), *[values()] * 4]
-    return [parts.scale_codes, parts.scale_absmax, parts.offset, scale_values(), values()]
+    return [parts.scale_codes.reshape(-1), parts.scale_absmax.reshape(-1), parts.offset, scale_values(), values()]
 
 
 def _dequantize_reference(codes_C: mx.array, factor_P: mx.array, count: int, dtype: mx.Dtype) -> mx.array:
@@ -289,7 +300,7 @@ def nf4_matvec(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None
     y: mx.array = _MATVEC(
         [
             x_MI,
-            _first_matrix() if expert_M is None else expert_M.astype(mx.int32),
+            _numbers(()) if expert_M is None else expert_M.astype(mx.int32),
             _words(codes, width),
             *_scale_arrays(w),
         ],
@@ -312,7 +323,7 @@ def _matvec_reference(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array
     codes, scale_codes, scale_absmax = (a.reshape(-1, a.shape[-1]) for a in (w.codes, w.scale_codes, w.scale_absmax))
     for m in range(x_MI.shape[0]):
         e = mx.array(0) if expert_M is None else expert_M[m]
-        factor_P = expand_scales(scale_codes[e], scale_absmax[e], w.offset.reshape(-1)[e])
+        factor_P = expand_scales(scale_codes[e], scale_absmax[e], w.offset[e].reshape(1))
         w_OI = _dequantize_reference(codes[e], factor_P, outputs * I, mx.float32).reshape(outputs, I)
         rows.append(w_OI @ x_MI[m].astype(mx.float32))
     return mx.stack(rows).astype(x_MI.dtype)

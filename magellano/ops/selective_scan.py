@@ -3,7 +3,6 @@
 Shapes: B batch, T time, I d_inner, N d_state; K chunks of TC steps, G threadgroups.
 """
 
-import functools
 from dataclasses import dataclass
 
 from magellano.backend import mx
@@ -12,13 +11,15 @@ from magellano.ops.launch import Dialect, Kernel
 
 _INPUTS = ("x", "dt", "A", "b", "c", "skip", "z", "dt_bias", "reset", "state")
 _SEGMENTS = ("ends", "totals", "keeps")  # what a first launch finds of each segment of time
-_FORWARD = Kernel("selective_scan_forward", (*_INPUTS, *_SEGMENTS), ("y", "state_out", "borders", "total", "kept"))
+_FORWARD = Kernel(
+    "selective_scan_forward", (*_INPUTS, *_SEGMENTS), ("y", "state_out", "borders", "total", "kept"), made=_SEGMENTS
+)
 _BACKWARD = Kernel(
     "selective_scan_backward",
     (*_INPUTS, "borders", "dy", "dstate_out", *_SEGMENTS),
     ("dx", "ddt", "dA", "db", "dc", "dskip", "dz", "dbias", "dstate", "total", "kept"),
+    made=("borders", *_SEGMENTS),
 )
-_NOTHING = (8,)  # the shape that stands in for an array that is not there
 
 
 def selective_scan(
@@ -34,13 +35,15 @@ def selective_scan(
     state: mx.array | None = None,
     return_state: bool = False,
     frozen_parameters: bool = False,
+    log_A: bool = False,
 ) -> mx.array | tuple[mx.array, mx.array]:
     """y_t = c_t . s_t + skip x_t with s_t = exp(d_t A) s_{t-1} + d_t x_t b_t, where d is softplus(dt + dt_bias) if
     dt_bias is given and dt if not; with z, y_t is multiplied by silu(z_t).
 
     reset: non-zero where a document starts; the state before that step is zero. state: the state before the first
     step, zero by default. Returns y_BTI in x's dtype, and with return_state also the last state in float32. All is
-    float32 inside; float32, float16 and bfloat16 inputs may mix.
+    float32 inside; float32, float16 and bfloat16 inputs may mix. Inputs over time may be views, such as
+    parts of a projection: they are read where they lie. log_A: A holds log(-A), as Mamba's weights do.
 
     Differentiable once, in every input but reset. frozen_parameters: A, skip and dt_bias are constants; their gradients
     are then zero and cost nothing. Equal inputs give equal bits. On a CPU it computes at once: inside mx.compile or
@@ -50,9 +53,10 @@ def selective_scan(
     given = {name: array for name, array in zip(_INPUTS, arrays, strict=True) if array is not None}
     _check(given)
     if launch.dialect() is Dialect.REFERENCE:
-        y_BTI, last_BIN = reference(*arrays)
+        A_IN = -mx.exp(A.astype(mx.float32)) if log_A else A
+        y_BTI, last_BIN = reference(x, dt, A_IN, *arrays[3:])
     else:
-        y_BTI, last_BIN = _fast(given, return_state, frozen_parameters)
+        y_BTI, last_BIN = _fast(given, return_state, frozen_parameters, log_A)
     return (y_BTI, last_BIN) if return_state else y_BTI
 
 
@@ -160,13 +164,7 @@ def geometry(B: int, T: int, I: int, N: int) -> tuple[Geometry, Geometry]:
     return chosen, chosen
 
 
-@functools.cache
-def _nothing() -> mx.array:
-    """Stands in for an array that is not there; made once, since on a GPU making it is a launch."""
-    return mx.array([0.0] * _NOTHING[0])
-
-
-def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple[mx.array, mx.array]:
+def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool, log_A: bool) -> tuple[mx.array, mx.array]:
     """Through the kernels, with their own gradient."""
     N = given["A"].shape[1]
     given = _prepare(given)
@@ -177,13 +175,13 @@ def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple
 
     @mx.custom_function
     def scan(*values: mx.array) -> tuple[mx.array, ...]:
-        return tuple(forward({**given, **dict(zip(moving, values, strict=True))}, ahead))
+        return tuple(forward({**given, **dict(zip(moving, values, strict=True))}, ahead, log_A))
 
     @scan.vjp
     def scan_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         values = {**given, **dict(zip(moving, primals, strict=True))}
         dstate_out = cotangents[1] if return_state else None
-        grads = backward(values, outputs[2], cotangents[0], dstate_out, back, frozen)
+        grads = backward(values, outputs[2], cotangents[0], dstate_out, back, frozen, log_A)
         return tuple(grads[name] for name in moving)
 
     y_BTI, last_BIN, _ = scan(*[given[name] for name in moving])  # type: ignore[misc]
@@ -191,38 +189,38 @@ def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool) -> tuple
 
 
 def _prepare(given: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The arrays as the kernels take them: parameters and state in float32, reset as bytes, and on a GPU N filled up to
-    a power of two by states with A = b = c = 0, which stay zero and add nothing.
+    """The arrays as the kernels take them: the state in float32, reset as bytes or bools, and on a GPU N filled up to
+    a power of two by states with b = c = 0, which stay zero and add nothing.
     """
     ready = dict(given)
     N = given["A"].shape[1]
     extra = (1 << (N - 1).bit_length()) - N if launch.gpu_geometry() else 0
     for name, array in given.items():
-        if name in ("A", "skip", "dt_bias", "state"):
+        if name == "state":
             ready[name] = array.astype(mx.float32)
         if name == "reset":
-            ready[name] = (array != 0).astype(mx.uint8)
+            ready[name] = launch.flags(array)
         if extra and name in ("A", "b", "c", "state"):
             ready[name] = mx.pad(ready[name], [(0, 0)] * (array.ndim - 1) + [(0, extra)])
     return ready
 
 
-def forward(given: dict[str, mx.array], chosen: Geometry) -> list[mx.array]:
+def forward(given: dict[str, mx.array], chosen: Geometry, log_A: bool = False) -> list[mx.array]:
     """One launch, or two where time is cut into segments: y_BTI, the last state_BIN, and the states between chunks
     [B, K-1, N, I] for `backward`.
     """
     (B, T, I), N = given["x"].shape, given["A"].shape[1]
-    K, S = -(-T // chosen.steps), chosen.segments
-    arrays = [given.get(name, _nothing()) for name in _INPUTS]
-    template = {**_flags(given), **chosen.template(), **_types(given), "N": N}
-    segments = [_nothing()] * len(_SEGMENTS)
+    K, S, none = -(-T // chosen.steps), chosen.segments, launch.nothing().shape
+    arrays = [given.get(name, launch.nothing()) for name in _INPUTS]
+    template = {**_flags(given), **chosen.template(), **_types(given), "N": N, "LOG_A": log_A}
+    segments = [launch.nothing()] * len(_SEGMENTS)
     if S > 1:
         _, *found = _FORWARD(
             [*arrays, *segments],
             template={**template, "SUMMARY": True},
             grid=chosen.grid(B, I, S - 1),
             threadgroup=chosen.threadgroup,
-            output_shapes=[_NOTHING, (S - 1, B, I, N), _NOTHING, (S - 1, B, I), (S - 1, B, I)],
+            output_shapes=[none, (S - 1, B, I, N), none, (S - 1, B, I), (S - 1, B, I)],
             output_dtypes=[given["x"].dtype, *[mx.float32] * 4],
         )
         segments = [found[0], *found[2:]]
@@ -231,7 +229,7 @@ def forward(given: dict[str, mx.array], chosen: Geometry) -> list[mx.array]:
         template={**template, "SUMMARY": False},
         grid=chosen.grid(B, I, S),
         threadgroup=chosen.threadgroup,
-        output_shapes=[(B, T, I), (B, I, N), (B, K - 1, N, I) if K > 1 else _NOTHING, _NOTHING, _NOTHING],
+        output_shapes=[(B, T, I), (B, I, N), (B, K - 1, N, I) if K > 1 else none, none, none],
         output_dtypes=[given["x"].dtype, *[mx.float32] * 4],
     )[:3]
 
@@ -243,49 +241,54 @@ def backward(
     dstate_out_BIN: mx.array | None,
     chosen: Geometry,
     frozen: bool,
+    log_A: bool = False,
 ) -> dict[str, mx.array]:
     """One or two launches and the sums over their partial results: the gradient of every input under its name."""
     (B, T, I), N = given["x"].shape, given["A"].shape[1]
-    G, S = -(-I // chosen.group_channels), chosen.segments
-    arrays = [given.get(name, _nothing()) for name in _INPUTS]
-    arrays += [borders, dy_BTI, _nothing() if dstate_out_BIN is None else dstate_out_BIN]
+    G, S, none = -(-I // chosen.group_channels), chosen.segments, launch.nothing().shape
+    arrays = [given.get(name, launch.nothing()) for name in _INPUTS]
+    arrays += [borders, dy_BTI, launch.nothing() if dstate_out_BIN is None else dstate_out_BIN]
     flags = {**_flags(given), "HAS_DSTATE": dstate_out_BIN is not None, "FROZEN": frozen}
     types = _types(given)
-    template = {**flags, **chosen.template(), **types, "N": N}
+    template = {**flags, **chosen.template(), **types, "N": N, "LOG_A": log_A}
     dtypes = [types["TX"], types["TDT"], *[mx.float32] * 4, types["TZ"], *[mx.float32] * 4]
-    segments = [_nothing()] * len(_SEGMENTS)
+    segments = [launch.nothing()] * len(_SEGMENTS)
     if S > 1:
         segments = _BACKWARD(
             [*arrays, *segments],
             template={**template, "SUMMARY": True},
             grid=chosen.grid(B, I, S - 1),
             threadgroup=chosen.threadgroup,
-            output_shapes=[*[_NOTHING] * 8, (S, B, I, N), (S, B, I), (S, B, I)],
+            output_shapes=[*[none] * 8, (S, B, I, N), (S, B, I), (S, B, I)],
             output_dtypes=dtypes,
         )[8:]
-    per_row = _NOTHING if frozen else (S * B, I)
+    per_row = none if frozen else (S * B, I)
     dx, ddt, dA, db, dc, dskip, dz, dbias, dstate, _, _ = _BACKWARD(
         [*arrays, *segments],
         template={**template, "SUMMARY": False},
         grid=chosen.grid(B, I, S),
         threadgroup=chosen.threadgroup,
         output_shapes=[
-            (B, T, I), (B, T, I), _NOTHING if frozen else (S * B, I, N), (G, B, T, N), (G, B, T, N), per_row,
-            (B, T, I) if "z" in given else _NOTHING, per_row, (B, I, N) if "state" in given else _NOTHING,
-            _NOTHING, _NOTHING,
+            (B, T, I), (B, T, I), none if frozen else (S * B, I, N), (G, B, T, N), (G, B, T, N), per_row,
+            (B, T, I) if "z" in given else none, per_row, (B, I, N) if "state" in given else none,
+            none, none,
         ],
         output_dtypes=dtypes,
     )  # fmt: skip
     grads = {"x": dx, "dt": ddt, "z": dz, "state": dstate}
     grads |= {"b": db.sum(axis=0).astype(given["b"].dtype), "c": dc.sum(axis=0).astype(given["c"].dtype)}
     if not frozen:
-        grads |= {"A": dA.sum(axis=0), "skip": dskip.sum(axis=0), "dt_bias": dbias.sum(axis=0)}
+        dA_IN = dA.sum(axis=0)
+        if log_A:  # dA/dlog(-A) = A
+            dA_IN = -dA_IN * mx.exp(given["A"].astype(mx.float32))
+        sums = {"A": dA_IN, "skip": dskip.sum(axis=0), "dt_bias": dbias.sum(axis=0)}
+        grads |= {name: sums[name].astype(given[name].dtype) for name in sums if name in given}
     return grads
 
 
 def _types(given: dict[str, mx.array]) -> dict[str, mx.Dtype]:
     names = {"TX": "x", "TDT": "dt", "TZ": "z", "TB": "b", "TCC": "c"}
-    return {word: given.get(name, _nothing()).dtype for word, name in names.items()}
+    return {word: given.get(name, launch.nothing()).dtype for word, name in names.items()}
 
 
 def _flags(given: dict[str, mx.array]) -> dict[str, bool]:

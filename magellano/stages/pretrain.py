@@ -14,11 +14,13 @@ from magellano.trainer import Trainer, run_to_end
 
 
 def run(out: Path, profile: Profile, tokens: Path, work: Path, progress: Progress) -> dict[str, Any]:
-    """Train all parameters by [pretrain.train]; resumes from `work`. Raises Stopped on a signal, state saved."""
+    """Train all parameters by [pretrain.train] and [loss]; resumes from `work`. Raises Stopped on a signal, the state
+    saved.
+    """
     assert profile.pretrain is not None
     config = profile.pretrain.train
     model = MagellanoLM(profile.model, seeded(profile.base.seed), compute_dtype(config.compute))
-    trainer = Trainer(model, config, tokens, profile.memory.limit_gib)
+    trainer = Trainer(model, config, tokens, profile.loss, profile.memory.limit_gib)
     facts = run_to_end(trainer, work, progress)
     loader.write_model(out, profile.model, loader.dense_tensors(model), quantized=False)
     Tokenizer(profile.model.vocab_size).save(out)

@@ -19,10 +19,10 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 def run(
     out: Path, profile: Profile, tokens: Path, base: Path, adapter: Path, work: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Train the adapter by [train]; resumes from `work`. Raises Stopped on a signal, with the state saved."""
+    """Train the adapter by [train] and [loss]; resumes from `work`. Raises Stopped on a signal, the state saved."""
     _check_limit(profile)
     model = loader.load_release(adapter, base, profile.train.compute)
-    trainer = Trainer(model, profile.train, tokens, profile.memory.limit_gib)
+    trainer = Trainer(model, profile.train, tokens, profile.loss, profile.memory.limit_gib)
     facts = run_to_end(trainer, work, progress)
     lora.save(out, profile.model, profile.lora, trainer.tensors())
     mx.save_safetensors(str(out / OPTIMIZER), dict(tree_flatten(trainer.optimizer.state)))

@@ -1,9 +1,12 @@
 """AdamW's step against float64, in every dialect, and 2,000 steps with 16-bit states."""
 
+import math
+
 import numpy as np
 import pytest
 
 from magellano.backend import mx
+from magellano.ops import adamw as module
 from magellano.ops.adamw import SCALE, Moments, Step, adamw, reference
 
 LR, B1, B2, EPS, DECAY = 1e-2, 0.9, 0.999, 1e-8, 0.1
@@ -61,6 +64,67 @@ def test_dialects_agree_on_one_step_of_16_bit_states(size: int, dtype: mx.Dtype,
         # A unit in the last place where a float32 rounding falls on the other side, and nearly always the same bits.
         np.testing.assert_allclose(mine.astype(mx.float32), theirs.astype(mx.float32), rtol=1.1e-3, atol=1e-7)
         assert (np.array(mine) == np.array(theirs)).mean() > 0.99
+
+
+@pytest.mark.parametrize("several", [1 << 22, 4096])
+def test_dialects_agree_on_small_states_and_on_two_packs_a_thread(
+    several: int, kernel_dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SEVERAL", several)
+    module._plan.cache_clear()
+    rng = np.random.default_rng(several)
+    size = 8192
+    w, g = mx.zeros((size,)), mx.array(10 ** rng.uniform(-11, -6, size), dtype=mx.float32)
+    states = [mx.array(10 ** rng.uniform(-7.5, -3, size), dtype=mx.float16) for _ in range(3)]
+    new_w, new = adamw(w, g, Moments(*states), step_of(9))
+    module._plan.cache_clear()
+    right_w, right = reference(w, g, Moments(*states), step_of(9))
+    np.testing.assert_allclose(new_w, right_w, rtol=1e-5, atol=1e-9)
+    for mine, theirs in ((new.m, right.m), (new.s, right.s), (new.peak, right.peak)):
+        np.testing.assert_allclose(mine.astype(mx.float32), theirs.astype(mx.float32), rtol=1.1e-3, atol=6e-8)
+        assert (np.array(mine) == np.array(theirs)).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "x", [0.0, 3e-9, 4.1e-6, 2.0**-14 - 2.0**-37, 2.0**-14, 7.7e-5, 0.3, 1.0, 777.77, 65503.9, 7e4]
+)
+def test_rounding_goes_to_a_neighbour_and_keeps_the_mean(x: float) -> None:
+    exact = float(np.float32(x))
+    random = mx.arange(1 << 13, dtype=mx.uint32) << 19  # what counts of a random number: every value of its top bits
+    found = np.array(module._round_half(mx.full((1 << 13,), exact, mx.float32), random), np.float64)
+    lowest = min(exact, 65504.0)
+    ulp = 2.0 ** max(np.floor(np.log2(lowest)) - 10, -24) if lowest else 2.0**-24
+    below = np.floor(lowest / ulp) * ulp
+    assert set(found) <= {below, below + ulp}
+    assert (found == found.astype(np.float16)).all()
+    assert abs(found.mean() - lowest) <= ulp * 2.0**-13
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("state", [mx.float32, mx.float16])
+@pytest.mark.parametrize("size", [2048, 77])
+def test_a_factor_that_is_not_finite_changes_nothing(size: int, state: mx.Dtype, factor: float, dialect: str) -> None:
+    rng = np.random.default_rng(size)
+    w = mx.array(rng.standard_normal(size), dtype=mx.float16)
+    states = [mx.array(np.abs(rng.standard_normal(size)), dtype=state) for _ in range(3)]
+    g = mx.full((size,), math.inf)
+    new_w, new = adamw(w, g, Moments(*states), step_of(3, factor=factor))
+    for mine, before in zip((new_w, new.m, new.s, new.peak), (w, *states), strict=True):
+        assert mine.dtype == before.dtype
+        np.testing.assert_array_equal(mine, before)
+
+
+def test_numbers_on_the_device_are_those_given_as_floats(dialect: str) -> None:
+    w, g, moments = mx.ones((64,)), mx.full((64,), 0.5), start(64, mx.float32, False)
+    as_floats = adamw(w, g, moments, step_of(2, factor=0.25))[0]
+    step = Step(2, mx.array(LR), B1, B2, EPS, DECAY, mx.array(0.25), salt=12345)
+    np.testing.assert_allclose(adamw(w, g, moments, step)[0], as_floats, rtol=1e-7)
+
+
+def test_the_numbers_of_many_steps_lie_in_one_array() -> None:
+    rows = module.now_numbers(1, [0.1] * 3, (B1, B2))
+    addresses = [np.array(row, copy=False).ctypes.data for row in rows]
+    assert addresses == [addresses[0], addresses[0] + 32, addresses[0] + 64]
 
 
 def test_stochastic_rounding_keeps_the_mean(dialect: str) -> None:

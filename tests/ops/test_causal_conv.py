@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from magellano.backend import mx
-from magellano.ops import launch
+from magellano.ops import host, launch
 from magellano.ops.causal_conv import causal_conv
 
 
@@ -111,6 +111,55 @@ def test_each_input_may_be_absent(dialect: str, absent: str) -> None:
 def test_16_bit_inputs(dialect: str, dtype: mx.Dtype, tolerance: float) -> None:
     v = rounded(random_inputs(2, 33, 40, 4), dtype)
     compare(run(v, dtype), loop(v), tolerance)
+
+
+@pytest.mark.parametrize(("I", "first"), [(24, 0), (24, 24), (24, 1), (67, 67)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_view_gives_what_its_copy_gives(dialect: str, dtype: mx.Dtype, I: int, first: int) -> None:
+    """Halves of a projection, those that wide loads cannot reach, and rows that lie across memory."""
+    v = {name: mx.array(a, mx.float32) for name, a in random_inputs(2, 21, I, 4).items()}
+    joint = mx.random.normal((2, 21, 2 * I + 1), key=mx.random.key(1)).astype(dtype)
+    across = mx.random.normal((2, I, 21), key=mx.random.key(2)).astype(dtype)
+
+    def convolve(x: mx.array) -> mx.array:
+        y = causal_conv(x, v["weight"], v["bias"], v["reset"])
+        assert isinstance(y, mx.array)
+        return y
+
+    def work(x: mx.array, dy: mx.array) -> list[mx.array]:
+        return [a.astype(mx.float32) for part in mx.vjp(convolve, [x], [dy]) for a in part]
+
+    for x in (joint[:, :, first : first + I], mx.swapaxes(across, 1, 2)):
+        for dy in (joint[:, :, I - first : 2 * I - first], mx.swapaxes(across, 1, 2)):
+            for got, want in zip(work(x, dy), work(mx.contiguous(x), mx.contiguous(dy)), strict=True):
+                assert np.array_equal(np.array(got), np.array(want))
+
+
+def test_a_view_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    if launch.Dialect.HOST not in launch.available():
+        pytest.skip("the host dialect, which shows the strides, cannot run here")
+    seen, call = [], host.call
+    monkeypatch.setattr(host, "call", lambda *args: seen.append(args[4]) or call(*args))
+    joint, weight, bias = mx.ones((2, 5, 48)), mx.ones((24, 4)), mx.ones(24)
+    with launch.use("host"):
+        mx.eval(mx.grad(lambda a: causal_conv(mx.split(a, 2, axis=-1)[1], weight, bias).sum())(joint))  # type: ignore[union-attr]
+    assert [call[0] for call in seen] == [(5 * 48, 48, 1)] * 2  # forward and backward
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_parameters_may_be_of_another_dtype(dialect: str, dtype: mx.Dtype) -> None:
+    v = {name: mx.array(a, mx.float32) for name, a in random_inputs(2, 21, 24, 4).items()}
+    small = [v[name].astype(dtype) for name in ("weight", "bias")]
+    got, want = (causal_conv(v["x"], *p) for p in (small, [a.astype(mx.float32) for a in small]))
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.bool_, mx.int32, mx.float32])
+def test_reset_of_any_dtype(dialect: str, dtype: mx.Dtype) -> None:
+    v = {name: mx.array(a) for name, a in random_inputs(2, 21, 24, 4).items()}
+    x, weight, bias = (v[name].astype(mx.float32) for name in ("x", "weight", "bias"))
+    got, want = (causal_conv(x, weight, bias, r) for r in (v["reset"].astype(dtype), 2 * v["reset"]))
+    assert np.array_equal(np.array(got), np.array(want))
 
 
 def test_packed_documents_are_separate_documents(dialect: str) -> None:

@@ -213,6 +213,21 @@ def test_renyi_entropy(alpha: float, dialect: str) -> None:
     assert np.abs(np.array(dx) - wanted).max() <= 5e-6 * np.abs(wanted).max()
 
 
+def test_the_loss_without_its_entropy_term(dialect: str) -> None:
+    v = inputs(21, 16, 101)
+    w, target, weight = mx.array(v["w"]), mx.array(v["target"]), mx.array(v["weight"])
+
+    def sums(x: mx.array, renyi: Renyi | None) -> tuple[mx.array, mx.array]:
+        return cross_entropy.objective_and_nll(x, w, target, weight, chunk=8, frozen=True, renyi=renyi)
+
+    x, renyi = mx.array(v["x"]), Renyi(2.0, 0.5)
+    (plain, same), (objective, nll) = sums(x, None), sums(x, renyi)
+    assert nll.item() == plain.item() == same.item()
+    assert objective.item() < nll.item()
+    alone, both = (mx.grad(f)(x) for f in (lambda x: sums(x, renyi)[0], lambda x: mx.add(*sums(x, renyi))))
+    np.testing.assert_array_equal(alone, both)
+
+
 def test_renyi_entropy_tends_to_shannons(dialect: str) -> None:
     v = inputs(21, 16, 101)
     (a, da), (b, db) = entropy_term(v, 1.0), entropy_term(v, 1.0 + 1e-6)

@@ -14,18 +14,22 @@ import pytest
 from magellano.backend import mx
 from magellano.ops import launch, linear_cross_entropy
 from magellano.ops.adamw import Moments, Step, adamw
+from magellano.ops.add_rows import add_rows
 from magellano.ops.causal_conv import causal_conv
 from magellano.ops.cross_entropy import Renyi
+from magellano.ops.experts import Layer, feed_forward
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
-from magellano.ops.moe import combine, dispatch, places, relu, route
+from magellano.ops.moe import places, route
 from magellano.ops.selective_scan import selective_scan
+from magellano.ops.square_sum import PARTS, add_squares
 
 STUB = Path(__file__).with_name("metal_stub.h")
 CUDA_STUB = """#include <cuda_fp16.h>
 #include <cuda_bf16.h>
 #include <stdint.h>
 struct Shape { int32_t sizes[8]; __device__ int32_t operator[](int i) const { return sizes[i]; } };
+struct Strides { int64_t steps[8]; __device__ int64_t operator[](int i) const { return steps[i]; } };
 """
 METAL_TYPES = {
     mx.float32: "float",
@@ -65,6 +69,8 @@ def metal_source(call: Launch) -> str:
         parameters.append(f"const device {_name(dtype, METAL_TYPES)}* {name}")
         if f"{name}_shape" in body:
             parameters.append(f"const constant int* {name}_shape")
+        if f"{name}_strides" in body:
+            parameters.append(f"const constant int64_t* {name}_strides")
     parameters += [
         f"device {_name(d, METAL_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)
     ]
@@ -79,6 +85,8 @@ def cuda_source(call: Launch) -> str:
         parameters.append(f"const {_name(dtype, CUDA_TYPES)}* {name}")
         if f"{name}_shape" in body:
             parameters.append(f"const __grid_constant__ Shape {name}_shape")
+        if f"{name}_strides" in body:
+            parameters.append(f"const __grid_constant__ Strides {name}_strides")
     parameters += [f"{_name(d, CUDA_TYPES)}* {n}" for n, d in zip(call.kernel.outputs, call.outputs, strict=True)]
     constants = [
         f"using {n} = {_name(v, CUDA_TYPES)};" if isinstance(v, mx.Dtype) else f"constexpr int {n} = {int(v)};"
@@ -128,6 +136,8 @@ def _use_operations(dtype: mx.Dtype) -> None:
     for function in (scan, convolve):
         mx.eval(mx.grad(function, argnums=(0, 1))(ones(1, 9, 8), mx.ones((8, 16))))
     _use_experts_and_loss(dtype)
+    mx.eval(add_rows(ones(5, 8), ones(3, 8), mx.zeros((3,), mx.int32)))
+    mx.eval(add_squares(mx.zeros((PARTS,)), ones(3, 8)))
     for state in (mx.float32, mx.float16):
         for size in (8 * 256, 9):
             moments = Moments(*(mx.zeros((size,), state) for _ in range(3)))
@@ -138,8 +148,9 @@ def _use_operations(dtype: mx.Dtype) -> None:
 def _use_experts_and_loss(dtype: mx.Dtype) -> None:
     def experts(u: mx.array, logits: mx.array) -> mx.array:
         routing = route(logits, 2)
-        at = places(routing, padded=True)
-        return combine(relu(dispatch(u, at)), routing.gate_Mk, at).astype(mx.float32).sum()
+        at = places(routing)
+        y = feed_forward(u, routing.gate_Mk, at, Layer(mx.ones((4, 8, 8), dtype)), Layer(mx.ones((4, 8, 8), dtype)))
+        return y.astype(mx.float32).sum()
 
     def loss(x: mx.array, renyi: Renyi | None) -> mx.array:
         target, weight = mx.zeros((3,), mx.int32), mx.ones((3,))
@@ -154,9 +165,9 @@ def _use_experts_and_loss(dtype: mx.Dtype) -> None:
 def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     names = {call.kernel.name for call in launches}
     wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
-    wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "combine_backward")}
+    wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "hidden_backward")}
     wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
-    wanted |= {"adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
+    wanted |= {"add_rows", "square_sum", "adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
     assert wanted <= names
 
 

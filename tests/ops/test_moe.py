@@ -5,8 +5,10 @@ import pytest
 
 from magellano import nf4
 from magellano.backend import mx
-from magellano.ops import grouped_matmul
-from magellano.ops.moe import combine, dispatch, places, relu, route
+from magellano.nf4 import NF4Stack
+from magellano.ops import experts as operations
+from magellano.ops.experts import Layer
+from magellano.ops.moe import Room, places, route
 
 SIZES = {
     "even": [5, 5, 5, 5],
@@ -42,75 +44,115 @@ def test_route_of_equal_and_huge_logits(dialect: str) -> None:
     np.testing.assert_allclose(gate, [[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]], atol=1e-6)
 
 
-def expected(x: np.ndarray, w: np.ndarray, dy: np.ndarray, sizes: list[int]) -> tuple[np.ndarray, ...]:
-    """y, dx and dw in float64 by the dense formula: every row times every expert, one of them chosen."""
-    x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
-    chosen = np.repeat(np.eye(len(sizes)), sizes, axis=0)
-    y = np.einsum("se,sd,efd->sf", chosen, x, w)
-    return y, np.einsum("se,sf,efd->sd", chosen, dy, w), np.einsum("se,sf,sd->efd", chosen, dy, x)
+def loaded(sizes: list[int]) -> mx.array:
+    """Logits that send so many tokens to each expert."""
+    expert = np.random.default_rng(3).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return mx.array(30 * np.eye(len(sizes), dtype=np.float32)[expert])
 
 
-def arrays(sizes: list[int], F: int = 24, D: int = 64) -> list[np.ndarray]:
-    rng = np.random.default_rng(7)
-    S, E = sum(sizes), len(sizes)
-    return [rng.standard_normal(s).astype(np.float32) for s in ((S, D), (E, F, D), (S, F))]
-
-
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("case", SIZES)
-def test_dense_experts(case: str, dialect: str) -> None:
-    x, w, dy = arrays(SIZES[case])
-    (y,), (dx, dw) = mx.vjp(lambda x, w: grouped_matmul(x, w, SIZES[case]), [mx.array(x), mx.array(w)], [mx.array(dy)])
-    for found, right in zip((y, dx, dw), expected(x, w, dy, SIZES[case]), strict=True):
-        np.testing.assert_allclose(found, right, rtol=1e-5, atol=2e-5)
+def test_any_load(case: str, padded: bool, quantised: bool, dialect: str) -> None:
+    """The product with each token's one expert, and its gradients, for loads with empty experts too."""
+    rng, logits = np.random.default_rng(7), loaded(SIZES[case])
+    u, dy = (rng.standard_normal((20, 64)).astype(np.float32) for _ in range(2))
+    w1, w2 = (rng.standard_normal((4, 64, 64)).astype(np.float32) for _ in range(2))
+    layers = [mx.array(w1), mx.array(w2)]
+    if quantised:
+        layers = [NF4Stack.of([nf4.quantize(mx.array(e)) for e in w]) for w in (w1, w2)]
+        w1, w2 = (np.array(w.dequantize()) for w in layers)
+    inputs = [mx.array(u), *([] if quantised else layers)]
+    (y,), found = mx.vjp(
+        lambda u, *w: feed_forward(u, logits, *(w or layers), 1, padded), inputs, [mx.array(dy)]
+    )  # fmt: skip
+    right_y, du, _, dw1, dw2 = feed_forward_exactly(u, logits, w1, w2, dy, 1)
+    for name, value, right in zip(("y", "u", "w1", "w2"), (y, *found), (right_y, du, dw1, dw2), strict=False):
+        assert np.abs(np.array(value) - right).max() <= 2e-5 * np.abs(right).max(), name
 
 
-@pytest.mark.parametrize("case", SIZES)
-def test_quantised_experts(case: str, dialect: str) -> None:
-    x, w, dy = arrays(SIZES[case])
-    experts = [nf4.quantize(mx.array(e)) for e in w]
-    dense = np.stack([np.array(e.dequantize()) for e in experts])
-    (y,), (dx,) = mx.vjp(lambda x: grouped_matmul(x, experts, SIZES[case]), [mx.array(x)], [mx.array(dy)])
-    right_y, right_dx, _ = expected(x, dense, dy, SIZES[case])
-    np.testing.assert_allclose(y, right_y, rtol=1e-5, atol=2e-5)
-    np.testing.assert_allclose(dx, right_dx, rtol=1e-5, atol=2e-5)
+@pytest.mark.parametrize("padded", [False, True])
+def test_adapters_on_both_layers(padded: bool, dialect: str) -> None:
+    M, E, k, D, F, r = 45, 4, 2, 16, 24, 3
+    rng = np.random.default_rng(9)
+    shapes = {"u": (M, D), "logits": (M, E), "a1": (E, r, D), "b1": (E, F, r), "a2": (E, r, F), "b2": (E, D, r)}
+    given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    w1, w2 = (rng.standard_normal(s).astype(np.float32) for s in ((E, F, D), (E, D, F)))
+    dy, scale = rng.standard_normal((M, D)).astype(np.float32), 0.5
+
+    def mixture(u, logits, a1, b1, a2, b2):  # type: ignore[no-untyped-def]
+        layers = Layer(mx.array(w1), a1, b1, scale), Layer(mx.array(w2), a2, b2, scale)
+        routing = route(logits, k)
+        return operations.feed_forward(u, routing.gate_Mk, places(routing, room_for(routing, padded)), *layers)
+
+    (y,), found = mx.vjp(mixture, [mx.array(a) for a in given.values()], [mx.array(dy)])
+    a1, b1, a2, b2 = (given[name].astype(np.float64) for name in ("a1", "b1", "a2", "b2"))
+    right_y, du, dlogits, dw1, dw2 = feed_forward_exactly(
+        given["u"], given["logits"], w1 + scale * b1 @ a1, w2 + scale * b2 @ a2, dy, k
+    )
+    right = [du, dlogits, scale * b1.swapaxes(1, 2) @ dw1, scale * dw1 @ a1.swapaxes(1, 2)]
+    right += [scale * b2.swapaxes(1, 2) @ dw2, scale * dw2 @ a2.swapaxes(1, 2)]
+    for name, value, want in zip(("y", *shapes), (y, *found), (right_y, *right), strict=True):
+        assert np.abs(np.array(value) - want).max() <= 2e-5 * np.abs(want).max(), name
 
 
-def test_no_rows_at_all(dialect: str) -> None:
-    assert grouped_matmul(mx.zeros((0, 64)), mx.zeros((3, 8, 64)), [0, 0, 0]).shape == (0, 8)
+def test_unread_outputs_change_no_gradient(dialect: str) -> None:
+    u, logits, dy = (mx.random.normal(s) for s in ((30, 16), (30, 4), (30, 16)))
+    layers = Layer(mx.random.normal((4, 24, 16))), Layer(mx.random.normal((4, 16, 24)))
+
+    def mixture(u: mx.array, logits: mx.array, unread: bool) -> mx.array:
+        routing = route(logits, 2)
+        return operations.feed_forward(u, routing.gate_Mk, places(routing), *layers, unread=unread)
+
+    for a, b in zip(
+        *(mx.vjp(lambda *x, u=unread: mixture(*x, u), [u, logits], [dy])[1] for unread in (False, True)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_only_one_expert_is_dense_at_a_time(dialect: str) -> None:
     if dialect not in ("reference", "host"):
-        pytest.skip("a GPU's launches run ahead of what is freed")
-    E, F, D = 8, 512, 512
-    experts = [nf4.quantize(mx.random.normal((F, D))) for _ in range(E)]
-    x = mx.random.normal((E * 4, D))
-    mx.eval(x)
+        pytest.skip("a GPU makes all dense in one launch")
+    E, D = 8, 512
+    layers = [Layer(NF4Stack.of([nf4.quantize(mx.random.normal((D, D))) for _ in range(E)])) for _ in range(2)]
+    mx.eval([vars(t.parts) for layer in layers for t in layer.weight.tensors])
+    u, logits = mx.random.normal((E * 4, D)), loaded([4] * E)
+    mx.eval(u, logits)
+
+    def loss(u: mx.array) -> mx.array:
+        routing = route(logits, 1)
+        return operations.feed_forward(u, routing.gate_Mk, places(routing), *layers).sum()
+
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(mx.grad(lambda x: grouped_matmul(x, experts, [4] * E).sum())(x))
+    mx.eval(mx.grad(loss)(u))
     # The plain form of the dequantisation has temporaries of about twice the matrix; all experts would be eight.
-    assert mx.get_peak_memory() - before < 4.5 * (F * D * 4)
+    assert mx.get_peak_memory() - before < 4.5 * (D * D * 4)
 
 
 def test_a_gradient_of_the_weights_costs_one_stack() -> None:
-    E, F, D = 8, 256, 256
-    x, w = mx.random.normal((E * 4, D)), mx.random.normal((E, F, D))
-    mx.eval(x, w)
+    E, D = 8, 256
+    u, w, fixed, logits = mx.random.normal((E * 4, D)), *mx.random.normal((2, E, D, D)), loaded([4] * E)
+    mx.eval(u, w, fixed, logits)
+
+    def loss(w: mx.array) -> mx.array:
+        routing = route(logits, 1)
+        return operations.feed_forward(u, routing.gate_Mk, places(routing), Layer(w), Layer(fixed)).sum()
+
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(mx.grad(lambda w: grouped_matmul(x, w, [4] * E).sum())(w))
+    mx.eval(mx.grad(loss)(w))
     assert mx.get_peak_memory() - before < 2.5 * w.nbytes  # the parts and their stack; by MLX's own gradient over 8
 
 
 def test_inside_checkpoint(dialect: str) -> None:
-    x, w, _ = arrays(SIZES["uneven"])
-    experts = [nf4.quantize(mx.array(e)) for e in w]
+    u, logits = mx.random.normal((20, 64)), loaded(SIZES["uneven"])
+    layers = [NF4Stack.of([nf4.quantize(e) for e in mx.random.normal((4, 64, 64))]) for _ in range(2)]
 
-    def loss(x: mx.array) -> mx.array:
-        return grouped_matmul(x, experts, SIZES["uneven"]).square().sum()
+    def loss(u: mx.array) -> mx.array:
+        return feed_forward(u, logits, *layers, 1).square().sum()
 
-    plain, checkpointed = mx.grad(loss)(mx.array(x)), mx.grad(mx.checkpoint(loss))(mx.array(x))
+    plain, checkpointed = mx.grad(loss)(u), mx.grad(mx.checkpoint(loss))(u)
     np.testing.assert_array_equal(plain, checkpointed)
 
 
@@ -128,11 +170,18 @@ def test_routing_sorts_copies(M: int, E: int, k: int, dialect: str) -> None:
 LOADS = {"random": None, "all to one": 2, "even": "even"}
 
 
+def room_for(routing, padded):  # type: ignore[no-untyped-def]
+    """A padded or an exact room; None for `padded` None."""
+    if padded is None:
+        return None
+    loads = np.array(routing.size_E).tolist()
+    return Room.padded(loads, routing.expert_Mk.shape[0]) if padded else Room.exact(loads)
+
+
 def feed_forward(u, logits, w1, w2, k, padded=None):  # type: ignore[no-untyped-def]
     routing = route(logits, k)
-    at = places(routing, padded=padded)
-    y = grouped_matmul(relu(grouped_matmul(dispatch(u, at), w1, at.groups)), w2, at.groups)
-    return combine(y, routing.gate_Mk, at)
+    at = places(routing, room_for(routing, padded))
+    return operations.feed_forward(u, routing.gate_Mk, at, Layer(w1), Layer(w2))
 
 
 def feed_forward_exactly(u, logits, w1, w2, dy, k):  # type: ignore[no-untyped-def]
@@ -180,8 +229,11 @@ def test_padded_quantised_experts(dtype: mx.Dtype, dialect: str) -> None:
     rng = np.random.default_rng(6)
     logits = rng.standard_normal((M, E)).astype(np.float32)
     u, dy = (mx.array(rng.standard_normal((M, D)), dtype=mx.float32).astype(dtype) for _ in range(2))
-    w1, w2 = ([nf4.quantize(mx.array(rng.standard_normal((64, 64)), dtype=mx.float32)) for _ in range(E)] for _ in "12")
-    dense = [np.stack([np.array(e.dequantize()) for e in w]) for w in (w1, w2)]
+    w1, w2 = (
+        NF4Stack.of([nf4.quantize(mx.array(rng.standard_normal((64, 64)), dtype=mx.float32)) for _ in range(E)])
+        for _ in "12"
+    )
+    dense = [np.array(w.dequantize()) for w in (w1, w2)]
     (y,), (du,) = mx.vjp(lambda u: feed_forward(u, mx.array(logits), w1, w2, k, True), [u], [dy])
     right_y, right_du, *_ = feed_forward_exactly(
         u.astype(mx.float32), logits, *dense, dy.astype(mx.float32), k
@@ -192,12 +244,37 @@ def test_padded_quantised_experts(dtype: mx.Dtype, dialect: str) -> None:
         assert np.abs(np.array(found.astype(mx.float32)) - right).max() <= tolerance * np.abs(right).max()
 
 
-def test_padding_is_for_even_loads_on_a_gpu(dialect: str) -> None:
-    even = route(20 * mx.eye(4)[mx.arange(400) % 4] + 9 * mx.eye(4)[mx.arange(1, 401) % 4], 2)
+def test_rooms() -> None:
+    """Experts with like loads share a part, with an eighth to spare, and never more rows than there are tokens."""
+    even = Room.padded([500, 512, 480, 510], 2048)
+    assert even.parts == (((0, 1, 2, 3), 512),)
+    spare = Room.padded([500, 512, 480, 510], 2048, spare=True)
+    assert spare.parts == (((0, 1, 2, 3), 576),)
+    uneven = Room.padded([1900, 100, 2048, 90, 0, 110], 2048, spare=True)
+    assert uneven.parts == (((0, 2), 2048), ((1, 3, 4, 5), 128))
+    start, size = uneven.of_each()
+    assert start == [0, 4096, 2048, 4224, 4352, 4480]
+    assert size == [2048, 128, 2048, 128, 128, 128]
+    assert uneven.rows == 4608
+    assert uneven.holds([2048, 128, 0, 0, 0, 128])
+    assert not uneven.holds([2048, 129, 0, 0, 0, 128])
+    assert Room.exact([3, 0, 2]).parts == (((0,), 3), ((2,), 2))
+    assert Room.whole(3, 7).rows == 21
+
+
+def test_a_room_that_is_too_small_reads_and_writes_inside_itself(dialect: str) -> None:
+    """What comes out is void, but nothing lies outside, so that a caller may look at the loads afterwards."""
+    routing = route(loaded([0, 19, 0, 1]), 1)
+    at = places(routing, Room.padded([4, 4, 4, 4], 4))
+    assert at.copy_N.shape == (16,)
+    assert 0 <= np.array(at.row_Mk).min() <= np.array(at.row_Mk).max() < 16
+    assert np.array(at.copy_N).max() < 20
+
+
+def test_on_a_gpu_rows_are_padded(dialect: str) -> None:
+    room = places(route(20 * mx.eye(4)[mx.arange(400) % 4] + 9 * mx.eye(4)[mx.arange(1, 401) % 4], 2)).room
     gpu = dialect in ("fibers", "cuda", "metal")
-    assert places(even).capacity == (256 if gpu else 0)
-    assert places(route(mx.zeros((40, 16)) - mx.arange(16), 1)).capacity == 0  # all to one of sixteen
-    assert places(route(mx.random.normal((1, 4)), 2)).capacity == 0  # decoding
+    assert room == (Room.padded([200] * 4, 400) if gpu else Room.exact([200] * 4))
 
 
 def test_feed_forward_inside_compile(dialect: str) -> None:
@@ -205,7 +282,7 @@ def test_feed_forward_inside_compile(dialect: str) -> None:
     D = F = 64
     u, logits = mx.random.normal((M, D)), mx.random.normal((M, E))
     w1, w2 = mx.random.normal((E, F, D)), mx.random.normal((E, D, F))
-    quantised = [[nf4.quantize(e) for e in w] for w in (w1, w2)]
+    quantised = [NF4Stack.of([nf4.quantize(e) for e in w]) for w in (w1, w2)]
     for experts in ([w1, w2], quantised):
 
         def loss(u: mx.array, logits: mx.array, experts=experts) -> mx.array:  # type: ignore[no-untyped-def]

@@ -157,9 +157,24 @@ def test_matrix_vector_product_with_an_expert_for_each_row(dialect: str) -> None
     rng = np.random.default_rng(8)
     experts = [nf4.quantize(mx.array((e + 1) * rng.standard_normal((300, 64)), dtype=mx.float32)) for e in range(3)]
     x, expert = rng.standard_normal((4, 64)).astype(np.float32), [2, 0, 2, 1]
-    y = np.array(ops.nf4_matvec(mx.array(x), nf4.stacked(experts), 300, mx.array(expert)))
+    y = np.array(ops.nf4_matvec(mx.array(x), nf4.NF4Stack.of(experts).parts, 300, mx.array(expert)))
     want = np.stack([np.array(experts[e].dequantize(), np.float64) @ row for e, row in zip(expert, x, strict=True)])
     assert (np.abs(y - want) <= 2e-6 * np.abs(want).max(1, keepdims=True)).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 64)])
+def test_a_stack_is_its_matrices(shape: tuple[int, int], dtype: mx.Dtype, dialect: str) -> None:
+    tensors = [nf4.quantize((e + 1) * mx.random.normal(shape, key=mx.random.key(e))) for e in range(3)]
+    stack = nf4.NF4Stack.of(tensors)
+    assert stack.shape == (3, *shape)
+    whole = as_numpy(stack.dequantize(dtype))
+    for e, tensor in enumerate(tensors):
+        np.testing.assert_array_equal(whole[e], as_numpy(tensor.dequantize(dtype)))
+        np.testing.assert_array_equal(as_numpy(stack[e].dequantize(dtype)), whole[e])
+    np.testing.assert_array_equal(as_numpy(stack.dequantize(dtype, which=(2, 0))), whole[[2, 0]])
+    with pytest.raises(ValueError, match="one shape"):
+        nf4.NF4Stack.of([tensors[0], nf4.quantize(mx.ones((64, 128)))])
 
 
 def test_matrix_vector_product_refuses_sizes_that_do_not_fit() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from magellano.backend import mx
-from magellano.ops import launch
+from magellano.ops import host, launch
 from magellano.ops.selective_scan import Geometry, selective_scan
 
 PLAIN = ("x", "dt", "A", "b", "c")
@@ -175,6 +175,81 @@ def test_packed_documents_are_separate_documents(dialect: str) -> None:
         separate = run(alone)
         for name in ("y", "dx", "ddt", "dz", "db", "dc"):
             np.testing.assert_allclose(packed[name][:, first:last], separate[name], rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("N", [5, 16])
+def test_views_give_what_their_copies_give(dialect: str, N: int) -> None:
+    """z as half of a projection, b and c as parts of another, and rows that lie across memory, dy's too."""
+    v = {name: mx.array(a, mx.float32) for name, a in random_inputs(2, 21, 24, N).items()}
+    names = ("x", "dt", "z", "b", "c")
+    z = mx.concatenate([v["x"], v["z"]], axis=2)[:, :, 24:]
+    b, c = mx.split(mx.concatenate([v["x"][:, :, :3], v["b"], v["c"]], axis=2), [3, 3 + N], axis=2)[1:]
+    across = [mx.swapaxes(mx.contiguous(mx.swapaxes(v[name], 1, 2)), 1, 2) for name in names]
+
+    def work(*views: mx.array, turned: bool = False) -> list[mx.array]:
+        def scan(x: mx.array, dt: mx.array, z: mx.array, b: mx.array, c: mx.array) -> mx.array:
+            y = selective_scan(x, dt, v["A"], b, c, v["skip"], z, v["dt_bias"], v["reset"])
+            assert isinstance(y, mx.array)
+            return mx.swapaxes(y, 1, 2) if turned else y
+
+        dy = mx.contiguous(mx.swapaxes(v["dy"], 1, 2)) if turned else v["dy"]
+        outputs, grads = mx.vjp(scan, list(views), [dy])
+        return [mx.swapaxes(outputs[0], 1, 2) if turned else outputs[0], *grads]
+
+    want = work(*[v[name] for name in names])
+    for got in (work(v["x"], v["dt"], z, b, c), work(*across, turned=True)):
+        for one, other in zip(got, want, strict=True):
+            assert np.array_equal(np.array(one), np.array(other))
+
+
+def test_views_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    if launch.Dialect.HOST not in launch.available():
+        pytest.skip("the host dialect, which shows the strides, cannot run here")
+    seen, call = [], host.call
+    monkeypatch.setattr(host, "call", lambda *args: seen.append(args[4]) or call(*args))
+    v = {name: mx.array(a, mx.float32) for name, a in random_inputs(2, 5, 24, 16).items()}
+    joint, maps = mx.ones((2, 5, 48)), mx.ones((2, 5, 35))
+
+    def loss(joint: mx.array, maps: mx.array) -> mx.array:
+        _, b, c = mx.split(maps, [3, 19], axis=-1)
+        return selective_scan(v["x"], v["dt"], v["A"], b, c, z=mx.split(joint, 2, axis=-1)[1]).sum()  # type: ignore[union-attr]
+
+    with launch.use("host"):
+        mx.eval(mx.grad(loss, argnums=(0, 1))(joint, maps))
+    assert [call[2:5] for call in seen] == [[(175, 35, 1), (175, 35, 1), (240, 48, 1)]] * 2  # b, c, z; both ways
+
+
+@pytest.mark.parametrize("N", [5, 16])
+def test_A_may_be_given_as_a_logarithm(dialect: str, N: int) -> None:
+    v = {name: mx.array(a, mx.float32) for name, a in random_inputs(2, 19, 24, N).items()}
+    log_A = mx.log(-v["A"])
+
+    def loss(a: mx.array, log: bool) -> mx.array:
+        A = a if log else -mx.exp(a)
+        y = selective_scan(v["x"], v["dt"], A, v["b"], v["c"], dt_bias=v["dt_bias"], log_A=log)
+        assert isinstance(y, mx.array)
+        return (y * v["dy"]).sum()
+
+    (got, d_got), (want, d_want) = (mx.value_and_grad(loss)(log_A, log) for log in (True, False))
+    assert abs(got.item() / want.item() - 1) < 1e-5
+    np.testing.assert_allclose(np.array(d_got), np.array(d_want), rtol=1e-4, atol=1e-5 * float(mx.abs(d_want).max()))
+
+
+def test_16_bit_parameters_get_16_bit_gradients(dialect: str) -> None:
+    v = {name: mx.array(a, mx.float32) for name, a in random_inputs(2, 19, 24, 16).items()}
+    small = [v[name].astype(mx.bfloat16) for name in ("A", "skip", "dt_bias")]
+
+    def loss(A: mx.array, skip: mx.array, dt_bias: mx.array) -> mx.array:
+        y = selective_scan(v["x"], v["dt"], A, v["b"], v["c"], skip, dt_bias=dt_bias)
+        assert isinstance(y, mx.array)
+        return (y * v["dy"]).sum()
+
+    work = mx.value_and_grad(loss, argnums=(0, 1, 2))
+    (got, grads), (want, want_grads) = work(*small), work(*[a.astype(mx.float32) for a in small])
+    assert abs(got.item() / want.item() - 1) < 1e-5
+    for a, b in zip(grads, want_grads, strict=True):
+        assert a.dtype == mx.bfloat16
+        assert float(mx.abs(a.astype(mx.float32) - b).max() / mx.abs(b).max()) < 5e-3
 
 
 def test_streaming_equals_the_whole(dialect: str) -> None:

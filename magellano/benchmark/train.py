@@ -1,0 +1,53 @@
+"""A profile's training step as the train stage takes it, on seeded weights and random tokens: time, tokens a second,
+MLX's peak memory, useful arithmetic, and its share of the rate that a square product reaches in the same run.
+"""
+
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from magellano import plan
+from magellano.backend import mx, on_gpu
+from magellano.benchmark import machine, synthetic
+from magellano.profile import Profile
+from magellano.trainer import Trainer
+
+WARM_UP = 3  # steps: kernels are compiled at first use
+
+
+def run(profile: Profile, steps: int = 10) -> dict[str, Any]:
+    """Times in ms, median and best of `steps` steps after a few that warm up; peak memory in GiB."""
+    rate = machine.matmul_rate()
+    mx.clear_cache()
+    planned = plan.fine_tune(profile, wide_compute=not on_gpu())
+    with tempfile.TemporaryDirectory() as folder:
+        model = synthetic.model(profile)
+        weights = mx.get_active_memory()
+        trainer = Trainer(
+            model, profile.train, synthetic.tokens(Path(folder), profile), limit_gib=profile.memory.limit_gib
+        )
+        warm = [trainer.one_step() for _ in range(WARM_UP)]
+        mx.reset_peak_memory()
+        taken = [trainer.one_step() for _ in range(steps)]
+    seconds = median(m.seconds for m in taken)
+    return {
+        **machine.where(),
+        "profile": profile.name,
+        "parameters": planned.parameters,
+        "trainable": planned.trainable,
+        "batch": profile.train.batch,
+        "seq_len": profile.data.seq_len,
+        "compute": str(model.compute).removeprefix("mlx.core."),
+        "step_ms": seconds * 1e3,
+        "best_step_ms": min(m.seconds for m in taken) * 1e3,
+        "tokens_per_s": planned.tokens_per_step / seconds,
+        "peak_gib": mx.get_peak_memory() / (1 << 30),
+        "weights_gib": weights / (1 << 30),
+        "planned_gib": planned.total / (1 << 30),
+        "tflop_s": planned.flops_per_step / seconds / 1e12,
+        "matmul_tflop_s": rate / 1e12,
+        "share_of_matmul": planned.flops_per_step / seconds / rate,
+        "first_step_s": warm[0].seconds,
+        "losses": [m.loss for m in [*warm, *taken]],
+    }
