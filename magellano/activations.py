@@ -4,7 +4,7 @@ memory.
 Shapes: D d_model, I d_inner, N d_state, R dt_rank, F d_ff; rows = batch * length.
 """
 
-from magellano.backend import compute_dtype, nn, on_gpu, tree_flatten
+from magellano.backend import compute_dtype, mx, nn, on_gpu, tree_flatten
 from magellano.info import memory_bytes
 from magellano.model import MagellanoLM
 from magellano.names import LayerKind, Recompute
@@ -37,8 +37,9 @@ def held(model: MagellanoLM) -> int:
 
 
 def _quantized(module: nn.Module) -> int:
-    found: NF4Tensor | NF4Stack | None = module.get("quantized")
-    return 0 if found is None else found.nbytes
+    """The codes, and what is kept dense beside them: no parameters for MLX."""
+    found: list[NF4Tensor | NF4Stack | mx.array | None] = [getattr(module, n, None) for n in ("quantized", "_dense")]
+    return sum(weight.nbytes for weight in found if weight is not None)
 
 
 def kept(model: MagellanoLM, rows: int, width: int) -> int:

@@ -6,7 +6,7 @@ layer's arrays never outlive it, whatever MLX's graph of a whole model would hol
 layer at a time while the host prepares the next.
 
 On a GPU each layer's two functions are compiled. What cannot be known then is how many token copies each expert gets: a
-layer is compiled with room for what has been seen and an eighth more, and a batch that turns out to need more is done
+layer is compiled with room for what has been seen and a fifth more, and a batch that turns out to need more is done
 again. So nothing is dropped, and nothing waits for a routing.
 
 Whole: one gradient through all layers, whose intermediates are kept meanwhile: a third faster where there is memory for
@@ -15,6 +15,7 @@ them (see activations.py). Not compiled: for CPUs.
 Shapes: B batch, T time, D d_model.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +30,10 @@ from magellano.model import Layer, MagellanoLM
 from magellano.names import LayerKind
 from magellano.ops.cross_entropy import Renyi
 from magellano.ops.launch import Dialect, dialect
+from magellano.ops.many import add_squares, narrow, no_squares
 from magellano.ops.moe import Room
-from magellano.ops.square_sum import add_squares, no_squares
 
+_AHEAD = 3  # layers that a GPU has under way at most: what they make cannot be freed before they are done
 EMBEDDINGS, FINAL_NORM = "backbone.embeddings", "backbone.norm_f"
 
 
@@ -70,9 +72,18 @@ class Trainables:
     def values(self) -> list[mx.array]:
         return [module[key] for module, key in self._slots]
 
-    def narrow(self, values: Sequence[mx.array], dtype: mx.Dtype) -> list[mx.array]:
-        """`values` with matrices in `dtype`: their products are in it, so their gradients come in it, half as large."""
-        return [v.astype(dtype) if n else v for v, n in zip(values, self._narrow, strict=True)]
+    def narrow(self, values: Sequence[mx.array], dtype: mx.Dtype, order: Sequence[int] | None = None) -> list[mx.array]:
+        """`values` with matrices in `dtype`: their products are in it, so their gradients come in it, half as large.
+        Those of experts in the order `order`.
+        """
+        made = list(values)
+        for stacked in (False, True):
+            which = [k for k, n in enumerate(self._narrow) if n and (values[k].ndim == 3) == stacked]
+            if which:
+                found = narrow([values[k] for k in which], dtype, order if stacked else None)
+                for k, value in zip(which, found, strict=True):
+                    made[k] = value
+        return made
 
     def call(self, part: Callable[..., Any], values: Sequence[mx.array], *args: Any, **more: Any) -> Any:
         before = self.values()
@@ -109,6 +120,8 @@ class Backprop:
         self._layers = [Trainables(x, f"backbone.layers.{i}", sixteen) for i, x in enumerate(layers)]
         self._embeddings = Trainables(model.backbone.embeddings, EMBEDDINGS, sixteen)
         self._norm = Trainables(model.backbone.norm_f, FINAL_NORM, sixteen)
+        self.ahead = _AHEAD
+        self._running: collections.deque[mx.array] = collections.deque()
         self._compiles = on_gpu() and dialect() is not Dialect.REFERENCE and not keeps
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
@@ -121,6 +134,7 @@ class Backprop:
             outcome, sizes = self._pass(batch, scale, down)
             if not self._rooms or self._hold({i: np.array(size_E).tolist() for i, size_E in sizes.items()}):
                 return outcome
+            del outcome  # its gradients would lie beside those of the next pass
 
     def _pass(self, batch: Batch, scale: mx.array, down: mx.array | None) -> tuple[Outcome, dict[int, mx.array]]:
         h_BTD = self._run(self._embed, None, batch.tokens, *self._embeddings.values())
@@ -136,8 +150,7 @@ class Backprop:
             head = {name[at:]: gradients[name] for name in names}
             found = embeddings.backward(batch.tokens, dh_BTD, head)
             gradients |= {name: found[name[at:]] for name in names}
-        for name in [*self._norm.names, *self._embeddings.names]:
-            squares = add_squares(squares, gradients[name])
+        squares = add_squares(squares, [gradients[name] for name in [*self._norm.names, *self._embeddings.names]])
         return replace(outcome, squares=squares), sizes
 
     def _layer_by_layer(
@@ -180,15 +193,15 @@ class Backprop:
             objective, nll = self._objective(h_BTD, batch.targets, batch.weights, *left)
             return objective, _sum(losses) if down is not None else mx.stop_gradient(_sum(losses)), nll
 
+        def gradient(h_BTD: mx.array, *values: mx.array) -> list[mx.array]:
+            cotangents = [_first(scale), mx.zeros((2,)) if down is None else down[:2]]  # nll has no gradient, so none
+            (_, routers, nll), found = mx.vjp(forward, [h_BTD, *values], cotangents)
+            return [nll, routers, *found]
+
         values = [v for part in parts for v in part.narrow(part.values(), self.model.compute)]
-        cotangents = [_first(scale), mx.zeros((2,)) if down is None else down[:2]]  # nll has no gradient, so none
-        (_, routers, nll), (dh_BTD, *found) = made = mx.vjp(forward, [h_BTD, *values], cotangents)
-        _start(made)
-        names = [name for part in parts for name in part.names]
-        gradients, squares = dict(zip(names, found, strict=True)), no_squares()
-        for layer in self._layers:
-            for name in layer.names:
-                squares = add_squares(squares, gradients[name])
+        nll, routers, dh_BTD, *found = self._run(gradient, None, h_BTD, *values)
+        gradients = dict(zip([name for part in parts for name in part.names], found, strict=True))
+        squares = add_squares(no_squares(), [gradients[name] for layer in self._layers for name in layer.names])
         return Outcome(nll, routers, gradients, squares), dh_BTD
 
     def _run(self, function: Callable[..., Any], i: int | None, *arrays: mx.array) -> Any:
@@ -200,7 +213,13 @@ class Backprop:
                 self._compiled[key] = mx.compile(call)
             call = self._compiled[key]
         made = call(*arrays)
-        _start(made)
+        if not on_gpu():
+            mx.eval(made)
+            return made
+        mx.async_eval(made)
+        self._running.append(made[0] if isinstance(made, list) else made)
+        while len(self._running) > self.ahead:
+            mx.eval(self._running.popleft())
         return made
 
     def _embed(self, tokens_BT: mx.array, *values: mx.array) -> mx.array:
@@ -214,7 +233,12 @@ class Backprop:
         return [h_BTD] if routed is None else [h_BTD, *routed]
 
     def _forward(self, i: int, h_BTD: mx.array, reset_BT: mx.array, *values: mx.array) -> list[mx.array]:
-        return self._layer(i, h_BTD, reset_BT, *values, unread=False)
+        return self._layer(i, h_BTD, reset_BT, *self._narrow(i, values), unread=False)
+
+    def _narrow(self, i: int, values: Sequence[mx.array]) -> list[mx.array]:
+        """In the compute dtype, and experts as the layer's room has them."""
+        room = self._rooms.get(i)
+        return self._layers[i].narrow(values, self.model.compute, room.order if room else None)
 
     def _backward(
         self, i: int, h_BTD: mx.array, reset_BT: mx.array, dh_BTD: mx.array, squares: mx.array, *values: mx.array
@@ -247,11 +271,11 @@ class Backprop:
         def call(h_BTD: mx.array, *values: mx.array) -> list[mx.array]:
             return self._layer(i, h_BTD, reset_BT, *values, unread=True)[: len(cotangents)]
 
-        narrow = self._layers[i].narrow(values, self.model.compute)
-        dh_BTD, *found = mx.vjp(call, [h_BTD, *narrow], cotangents)[1]
-        for gradient in found:
-            squares = add_squares(squares, gradient)
-        return [dh_BTD, squares, *found]
+        dh_BTD, *found = mx.vjp(call, [h_BTD, *self._narrow(i, values)], cotangents)[1]
+        if room := self._rooms.get(i):
+            back = sorted(range(room.experts), key=room.order.__getitem__)
+            found = self._layers[i].narrow(found, self.model.compute, back)
+        return [dh_BTD, add_squares(squares, found), *found]
 
     def _loss(
         self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, scale: mx.array, *values: mx.array
@@ -301,14 +325,6 @@ class Backprop:
             self._rooms[i] = Room.padded(self.loads[i], self._tokens, spare=True)
             held = False
         return held
-
-
-def _start(made: Any) -> None:
-    """On a GPU `made` is under way after this, on a CPU there."""
-    if on_gpu():
-        mx.async_eval(made)
-    else:
-        mx.eval(made)
 
 
 def _first(scale: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ from magellano.ops.experts import Layer
 from magellano.ops.lora import adapted_matmul
 
 Weight = mx.array | NF4Tensor | NF4Stack
+_FEW = 1 << 18  # values of a weight that may be kept dense
 
 
 def array(weight: Weight) -> mx.array:
@@ -41,6 +42,7 @@ class Adapted(nn.Module):
             self.quantized = weight
             mx.eval(*vars(weight.parts).values())
         self.lora_scale = 0.0
+        self._dense: mx.array | None = None
 
     @property
     def base(self) -> Weight:
@@ -59,9 +61,18 @@ class Adapted(nn.Module):
 class Projection(Adapted):
     """y_..O = x_..I W_OI^T, without bias."""
 
+    def keep_dense(self, dtype: mx.Dtype) -> None:
+        """Keep an NF4 weight of few values in `dtype` beside its codes: it costs little memory, and making it dense at
+        every use costs as much as a product.
+        """
+        base = self.base
+        if isinstance(base, NF4Tensor) and base.size <= _FEW:
+            self._dense = base.dequantize(dtype)
+            mx.eval(self._dense)
+
     def __call__(self, x: mx.array, *, unread: bool = False) -> mx.array:
         """`unread`: y is only differentiated and may be left out."""
-        base = self.base
+        base = self.base if self._dense is None or self._dense.dtype != x.dtype else self._dense
         if not self.adapted:
             return matmul(x, base)
         assert not isinstance(base, NF4Stack)
@@ -71,14 +82,14 @@ class Projection(Adapted):
 class ExpertProjection(Adapted):
     """One layer of all experts, W [E, O, I]."""
 
-    def layer(self, dtype: mx.Dtype) -> Layer:
-        """As the operations take it, in `dtype`."""
+    def layer(self, dtype: mx.Dtype, ordered: bool = False) -> Layer:
+        """As the operations take it, in `dtype`. `ordered`: what trains was put into a room's order."""
         base = self.base
         assert not isinstance(base, NF4Tensor)
         weight = base.astype(dtype) if isinstance(base, mx.array) else base
         if not self.adapted:
-            return Layer(weight)
-        return Layer(weight, self.lora_a.astype(dtype), self.lora_b.astype(dtype), self.lora_scale)
+            return Layer(weight, ordered=ordered)
+        return Layer(weight, self.lora_a.astype(dtype), self.lora_b.astype(dtype), self.lora_scale, ordered)
 
 
 class Embedding(Adapted):

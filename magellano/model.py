@@ -8,7 +8,7 @@ from collections.abc import Callable
 from magellano import init
 from magellano.backend import mx, nn
 from magellano.layout import EMBEDDING, ParamSpec, layer_parameters, parameters
-from magellano.linear import Embedding, Weight, array
+from magellano.linear import Embedding, Projection, Weight, array
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE, RouterState
 from magellano.names import LayerKind
@@ -89,6 +89,12 @@ class MagellanoLM(nn.Module):
         self.compute = compute
         self.chunk = 512  # rows of logits that exist at once
         self.backbone = Backbone(config, source or seeded())
+
+    def keep_small_dense(self) -> None:
+        """See Projection.keep_dense; for training."""
+        for _, module in self.named_modules():
+            if isinstance(module, Projection):
+                module.keep_dense(self.compute)
 
     def __call__(self, tokens_BT: mx.array, reset_BT: mx.array | None = None) -> mx.array:
         """Logits [B, T, V]. reset is 1 where a document starts."""

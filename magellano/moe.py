@@ -50,8 +50,9 @@ class MoE(nn.Module):
     def __call__(
         self, u_BTD: mx.array, *, room: Room | None = None, unread: bool = False
     ) -> tuple[mx.array, "RouterState"]:
-        """Returns y_BTD and what the router did. `room`: see `places`; where it does not hold the loads, results are
-        void. `unread`: y is only differentiated and may be left out.
+        """Returns y_BTD and what the router did. `room`: see `places`; what trains of the experts then lies in its
+        order, and where it does not hold the loads, results are void. `unread`: y is only differentiated and may be
+        left out.
         """
         k, shape = self.config.top_k, u_BTD.shape
         u_MD = u_BTD.reshape(-1, shape[-1])
@@ -61,7 +62,7 @@ class MoE(nn.Module):
         # 2. a row for each token copy among its expert's
         at = places(routing, room)
         # 3. each expert on its own rows; back to the tokens, weighted by the gates
-        w1, w2 = self.experts.w1.layer(u_MD.dtype), self.experts.w2.layer(u_MD.dtype)
+        w1, w2 = (w.layer(u_MD.dtype, room is not None) for w in (self.experts.w1, self.experts.w2))
         y_MD = feed_forward(u_MD, routing.gate_Mk, at, w1, w2, unread=unread)
         return y_MD.reshape(shape), RouterState(self._losses(logits_ME, routing.size_E), routing.size_E)
 

@@ -13,7 +13,7 @@ from magellano.backend import mx, nn, on_gpu, tree_flatten, tree_map, tree_unfla
 from magellano.names import StateDtype
 from magellano.ops import adamw as op
 from magellano.ops.adamw import Moments, Numbers, adamw
-from magellano.ops.square_sum import add_squares, no_squares
+from magellano.ops.many import add_squares, join, no_squares
 
 STEP = "step"
 PARTS = ("m", "s", "peak")
@@ -43,7 +43,7 @@ class _Group:
         now = [current[name] for name in self.names]
         if self.flat is not None and all(a is b for a, b in zip(now, self.given, strict=True)):
             return self.flat
-        return _join(now)
+        return join(now)
 
     def states(self) -> Iterator[tuple[str, mx.array]]:
         """(NAME.PART, a view of the flat state)."""
@@ -150,7 +150,7 @@ class AdamW:
         now, times = self._now(learning_rate), op.factor_numbers(factor)
         new: dict[str, mx.array] = {}
         for group in self._groups:
-            w, g = group.weights(current), _join([grads[name] for name in group.names])
+            w, g = group.weights(current), join([grads[name] for name in group.names])
             w, group.moments = adamw(w, g, group.moments, Numbers(now, group.own, times), in_place=self._alone)
             group.flat, group.given = w, _cut(w, group.shapes)
             new.update(zip(group.names, group.given, strict=True))
@@ -199,20 +199,15 @@ class AdamW:
         return f"{name}.m" in self._loose or any(name in group.names for group in self._groups)
 
     def _group(self, names: list[str], current: Mapping[str, mx.array]) -> _Group:
-        moments = Moments(*(_join([self._loose.pop(f"{name}.{part}") for name in names]) for part in self._parts))
+        moments = Moments(*(join([self._loose.pop(f"{name}.{part}") for name in names]) for part in self._parts))
         salt = zlib.crc32("\n".join(names).encode(), self.seed & 0xFFFFFFFF)
         decay = self.weight_decay if self.decays(names[0]) else 0.0
         own = op.own_numbers(self.betas, self.eps, decay, salt)
         return _Group(names, [current[name].shape for name in names], own, moments, [])
 
 
-def _join(arrays: list[mx.array]) -> mx.array:
-    """One flat array of them all."""
-    return mx.concatenate([a.reshape(-1) for a in arrays]) if len(arrays) > 1 else arrays[0].reshape(-1)
-
-
 def _cut(flat: mx.array, shapes: list[tuple[int, ...]]) -> list[mx.array]:
-    """`_join` backwards."""
+    """`join` backwards."""
     if len(shapes) == 1:
         return [flat.reshape(shapes[0])]
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))[:-1]
@@ -231,9 +226,7 @@ def cosine_with_warmup(step: int, lr: float, warmup: int, steps: int, min_ratio:
 
 def global_norm(gradients: Any) -> mx.array:
     """The joint norm of all gradients, float32; infinite or NaN if a gradient is."""
-    squares = no_squares()
-    for _, g in _flat(gradients):
-        squares = add_squares(squares, g)
+    squares = add_squares(no_squares(), [g for _, g in _flat(gradients)])
     return mx.sqrt(squares.sum())
 
 

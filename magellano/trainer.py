@@ -83,6 +83,7 @@ class Trainer:
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
         model.chunk = config.loss_chunk
+        model.keep_small_dense()
         self.routers = any(name.endswith("router.weight") for name in dict(tree_flatten(model.trainable_parameters())))
         decays = {spec.name for spec in parameters(model.config) if spec.decays}
         self.optimizer = AdamW(

@@ -12,13 +12,14 @@ from magellano.data import shards
 from magellano.layout import ParamSpec
 from magellano.linear import Weight
 from magellano.model import MagellanoLM, seeded
-from magellano.names import Recompute
+from magellano.names import LoraTarget, Recompute
 from magellano.profile import LoraConfig, ModelConfig, TrainConfig
 from magellano.trainer import Trainer
 
 SHAPE = ModelConfig(d_model=96, n_layers=8, n_experts=4, d_ff=160, d_state=8, dt_rank=8, vocab_size=300)
 CONFIG = TrainConfig(steps=3, batch=4, lr=1e-2, warmup=1, compute="float32")
 T = 128
+PROJECTIONS = (LoraTarget.IN_PROJ, LoraTarget.X_PROJ, LoraTarget.DT_PROJ, LoraTarget.OUT_PROJ)  # small ones
 on_cpu = pytest.mark.skipif(on_gpu(), reason="a CPU's rule")
 
 
@@ -95,10 +96,18 @@ def test_auto_keeps_what_fits_a_quarter_of_the_memory(monkeypatch: pytest.Monkey
     assert activations.recomputes(made, CONFIG, 4 * T, limit_gib=(needs - 1) / 2**30), "memory.limit_gib holds"
 
 
-@on_cpu
 def test_held_counts_weights_in_4_bits_and_what_trains() -> None:
     made = model(adapted=True)
     trains = sum(a.size for a in lora.start(SHAPE, LoraConfig(rank=4)).values())
-    w1 = made.backbone.layers[3].mixer.experts.w1.quantized.tensors
-    assert activations.held(made) > 16 * trains + sum(w.nbytes for w in w1)
-    assert activations.held(made) < 16 * trains + layout.count(SHAPE), "about half a byte a weight"
+    packed = dense = 0
+    for spec in layout.parameters(SHAPE):
+        if spec.target is None:
+            dense += 4 * spec.size
+        else:
+            experts, shape = (spec.shape[0], spec.shape[1:]) if len(spec.shape) == 3 else (1, spec.shape)
+            packed += experts * nf4.quantize(mx.ones(shape)).nbytes
+    assert activations.held(made) == packed + dense + 16 * trains
+    before = activations.held(made)
+    made.keep_small_dense()
+    projections = [s for s in layout.parameters(SHAPE) if s.target in PROJECTIONS]
+    assert activations.held(made) == before + 4 * sum(s.size for s in projections)

@@ -131,8 +131,8 @@ def test_a_step_uploads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parameters_that_were_handed_out_are_not_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
     joined: list[int] = []
-    join = module._join
-    monkeypatch.setattr(module, "_join", lambda arrays: joined.append(len(arrays)) or join(arrays))
+    join = module.join
+    monkeypatch.setattr(module, "join", lambda arrays: joined.append(len(arrays)) or join(arrays))
     kept, copied = AdamW(0.01, state=StateDtype.FLOAT16), AdamW(0.01, state=StateDtype.FLOAT16)
     m, other = model(), model()
     for step in range(4):

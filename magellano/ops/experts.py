@@ -8,7 +8,7 @@ I in and O out of a layer, r LoRA rank.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from magellano.backend import mx
@@ -19,8 +19,6 @@ from magellano.ops.nf4 import Quantized
 
 _HIDDEN_BACKWARD = Kernel("moe_hidden_backward", ("da", "a", "gate", "copy"), ("dh", "dgate"))
 _THREADS = 256  # of a threadgroup on a GPU
-
-Experts = tuple[int, ...]  # the numbers of a part's experts
 
 
 class Stack(Protocol):
@@ -39,15 +37,38 @@ Weights = mx.array | Stack
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows of a part of a room: its n experts, the place of the first in the room's order, and the copy and the
+    token in each row.
+    """
+
+    experts: tuple[int, ...]
+    first: int
+    copy_R: mx.array
+    token_R: mx.array
+
+    def spread(self, u_MD: mx.array) -> mx.array:
+        """Each row's token, [n, C, D]; zero in padding."""
+        return rows(u_MD, self.token_R[:, None]).reshape(len(self.experts), -1, u_MD.shape[1])
+
+    def weigh(self, y: mx.array, gate_Mk: mx.array) -> mx.array:
+        """Each row times the gate of its copy; padding is zero already."""
+        gate_R = gate_Mk.reshape(-1)[mx.maximum(self.copy_R, 0)]
+        return y * gate_R.reshape(len(self.experts), -1, 1).astype(y.dtype)
+
+
+@dataclass(frozen=True)
 class Layer:
     """One layer of all experts: W [E, O, I], dense or NF4, and its adapter A [E, r, I], B [E, O, r] with s, if any. NF4
-    weights and those under an adapter are frozen.
+    weights and those under an adapter are frozen. `ordered`: the experts of what trains lie in the room's order, so
+    that those of a part lie side by side.
     """
 
     weight: Weights
     a: mx.array | None = None
     b: mx.array | None = None
     scale: float = 0.0
+    ordered: bool = False
 
     @property
     def trains(self) -> bool:
@@ -61,29 +82,34 @@ class Layer:
 
     def with_arrays(self, arrays: Sequence[mx.array]) -> "Layer":
         if self.a is not None:
-            return Layer(self.weight, arrays[0], arrays[1], self.scale)
-        return Layer(arrays[0]) if self.trains else self
+            return replace(self, a=arrays[0], b=arrays[1])
+        return replace(self, weight=arrays[0]) if self.trains else self
 
-    def __call__(self, x: mx.array, experts: Experts) -> tuple[mx.array, mx.array | None]:
+    def __call__(self, x: mx.array, part: Part) -> tuple[mx.array, mx.array | None]:
         """w' x [n, C, O] for x [n, C, I], and A x."""
-        y = times(x, self.weight, experts)
+        y = times(x, self.weight, part, ordered=self.ordered and self.trains)
         if self.a is None or self.b is None:
             return y, None
-        low = times(x, self.a, experts)
-        return add_times(y, low, self.b, experts, self.scale), low
+        low = self.low(x, part)
+        return add_times(y, low, self.b, part, self.scale, ordered=self.ordered), low
 
-    def back(self, dy: mx.array, experts: Experts) -> tuple[mx.array, mx.array | None]:
-        """The gradient of x, and that of s A x."""
-        dx = times(dy, self.weight, experts, transposed=True)
+    def low(self, x: mx.array, part: Part) -> mx.array:
+        """A x."""
+        assert self.a is not None
+        return times(x, self.a, part, ordered=self.ordered)
+
+    def back(self, dy: mx.array, part: Part) -> tuple[mx.array, mx.array | None]:
+        """The gradient of x, and that of A x."""
+        dx = times(dy, self.weight, part, transposed=True, ordered=self.ordered and self.trains)
         if self.a is None or self.b is None:
             return dx, None
-        dlow = times(dy, self.b, experts, transposed=True)
-        return add_times(dx, dlow, self.a, experts, self.scale, transposed=True), dlow
+        dlow = self.scale * times(dy, self.b, part, transposed=True, ordered=self.ordered)
+        return add_times(dx, dlow, self.a, part, 1.0, transposed=True, ordered=self.ordered), dlow
 
     def gradients(self, x: mx.array, low: mx.array | None, dy: mx.array, dlow: mx.array | None) -> list[mx.array]:
         """Of `arrays`, for a part's experts: [n, .., ..]."""
         if low is not None and dlow is not None:
-            return [outer(self.scale * dlow, x), outer(dy, self.scale * low)]
+            return [outer(dlow, x), outer(dy, self.scale * low)]
         return [outer(dy, x)] if self.trains else []
 
 
@@ -105,16 +131,16 @@ def feed_forward(
     def mixture(u_MD: mx.array, gate_Mk: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
         first, second = layers(arrays)
         y, kept = [], []
-        for experts, part in _parts(at):
+        for part in _parts(at):
             # 1. the copies go to their experts
             x = part.spread(u_MD)
             # 2. up, and what is positive stays
-            h, low1 = first(x, experts)
+            h, low1 = first(x, part)
             a = detached(mx.maximum(h, 0))
             kept += [x, a] if low1 is None else [x, a, low1]
             # 3. down
             if not unread:
-                y.append(second(a, experts)[0])
+                y.append(second(a, part)[0])
         # 4. back to the tokens, weighted by the gates
         y_MD = mx.zeros(u_MD.shape, u_MD.dtype) if unread else _gather(y, at, u_MD, gate_Mk)
         return y_MD, *kept
@@ -125,53 +151,36 @@ def feed_forward(
         first, second = layers(arrays)
         kept = iter(outputs[1:])
         dx, dgate, found = [], [mx.zeros((0,))], []
-        for experts, part in _parts(at):
+        for part in _parts(at):
             x, a, low1 = next(kept), next(kept), (next(kept) if first.a is not None else None)
             dy = part.spread(cotangents[0])
-            da, dlow2 = second.back(dy, experts)
+            da, dlow2 = second.back(dy, part)
             dh, dgate_part = hidden_backward(da, a, gate_Mk, part)
-            dx_part, dlow1 = first.back(dh, experts)
+            dx_part, dlow1 = first.back(dh, part)
             dx.append(dx_part)
             dgate.append(dgate_part)
             more = first.gradients(x, low1, dh, dlow1)
             if second.a is not None and dlow2 is not None:  # the gates weigh the thin factors
-                low2, dlow2 = part.weigh(times(a, second.a, experts), gate_Mk), part.weigh(dlow2, gate_Mk)
+                low2, dlow2 = part.weigh(second.low(a, part), gate_Mk), part.weigh(dlow2, gate_Mk)
                 more += second.gradients(a, low2, dy, dlow2)
             elif second.trains:
                 more += second.gradients(a, None, part.weigh(dy, gate_Mk), None)
-            found.append((experts, more))
+            found.append((part, more))
         dgate_Mk = mx.concatenate(dgate)[at.row_Mk] if at.row_Mk.size else mx.zeros(gate_Mk.shape)
-        grads = [_all(found, number, array) for number, array in enumerate(arrays)]
+        ordered = [first.ordered] * split + [second.ordered] * (len(arrays) - split)
+        grads = [_all(found, number, array, ordered[number]) for number, array in enumerate(arrays)]
         return _gather(dx, at, u_MD), dgate_Mk, *grads
 
     outputs: tuple[mx.array, ...] = mixture(u_MD, gate_Mk, *w1.arrays(), *w2.arrays())  # type: ignore[assignment]
     return outputs[0]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The rows of a part: n experts, the copy and the token in each row."""
-
-    experts: int
-    copy_R: mx.array
-    token_R: mx.array
-
-    def spread(self, u_MD: mx.array) -> mx.array:
-        """Each row's token, [n, C, D]; zero in padding."""
-        return rows(u_MD, self.token_R[:, None]).reshape(self.experts, -1, u_MD.shape[1])
-
-    def weigh(self, y: mx.array, gate_Mk: mx.array) -> mx.array:
-        """Each row times the gate of its copy; padding is zero already."""
-        gate_R = gate_Mk.reshape(-1)[mx.maximum(self.copy_R, 0)]
-        return y * gate_R.reshape(self.experts, -1, 1).astype(y.dtype)
-
-
-def _parts(at: Places) -> Iterator[tuple[Experts, _Part]]:
-    first = 0
+def _parts(at: Places) -> Iterator[Part]:
+    row = place = 0
     for experts, size in at.room.parts:
-        last = first + len(experts) * size
-        yield experts, _Part(len(experts), at.copy_N[first:last], at.token_N[first:last])
-        first = last
+        last = row + len(experts) * size
+        yield Part(experts, place, at.copy_N[row:last], at.token_N[row:last])
+        row, place = last, place + len(experts)
 
 
 def _gather(parts: list[mx.array], at: Places, u_MD: mx.array, gate_Mk: mx.array | None = None) -> mx.array:
@@ -181,18 +190,20 @@ def _gather(parts: list[mx.array], at: Places, u_MD: mx.array, gate_Mk: mx.array
     return rows(mx.concatenate([p.reshape(-1, u_MD.shape[1]) for p in parts]), at.row_Mk, gate_Mk)
 
 
-def _all(found: list[tuple[Experts, list[mx.array]]], number: int, like: mx.array) -> mx.array:
+def _all(found: list[tuple[Part, list[mx.array]]], number: int, like: mx.array, ordered: bool) -> mx.array:
     """The gradient of array `number` for all experts, from those of the parts; zero where an expert has no rows."""
-    if len(found) == 1 and found[0][0] == tuple(range(like.shape[0])):
+    if len(found) == 1 and (ordered or found[0][0].experts == tuple(range(like.shape[0]))):
         return found[0][1][number]
+    if ordered:
+        return mx.concatenate([gradients[number] for _, gradients in found])
     each: dict[int, mx.array] = {}
-    for experts, gradients in found:
-        each.update(zip(experts, mx.split(gradients[number], len(experts)), strict=True))
+    for part, gradients in found:
+        each.update(zip(part.experts, mx.split(gradients[number], len(part.experts)), strict=True))
     nothing = mx.zeros((1, *like.shape[1:]), like.dtype)
     return mx.concatenate([each.get(e, nothing) for e in range(like.shape[0])])
 
 
-def hidden_backward(da: mx.array, a: mx.array, gate_Mk: mx.array, part: _Part) -> tuple[mx.array, mx.array]:
+def hidden_backward(da: mx.array, a: mx.array, gate_Mk: mx.array, part: Part) -> tuple[mx.array, mx.array]:
     """dh = gate * da where a > 0, shaped as a, and for each row da . a, float32."""
     width, shape, copy_R = a.shape[-1], a.shape, part.copy_R
     da, a = da.reshape(-1, width), a.reshape(-1, width)
@@ -216,17 +227,19 @@ def hidden_backward(da: mx.array, a: mx.array, gate_Mk: mx.array, part: _Part) -
     return dh.reshape(shape), dgate_R
 
 
-def times(x: mx.array, w: Weights, experts: Experts, transposed: bool = False) -> mx.array:
-    """x [n, C, I] times W^T of each of the n experts, or W if `transposed`. No gradient of its own."""
+def times(
+    x: mx.array, w: Weights, part: Part, *, transposed: bool = False, ordered: bool = False
+) -> mx.array:  # fmt: skip
+    """x [n, C, I] times W^T of each of the part's experts, or W if `transposed`. No gradient of its own."""
+    experts = part.experts
     assert x.shape[0] == len(experts), f"{x.shape} for experts {experts}"
     if isinstance(w, mx.array):
-        w_nOI = _dense(w, experts)
+        w_nOI = _dense(w, part, ordered)
     elif gpu_geometry():  # all are made dense in one launch and multiplied in another
         w_nOI = w.dequantize(x.dtype, after=x, which=experts)
     else:
-        each = [
-            _one(part.squeeze(0), w[e], transposed) for part, e in zip(mx.split(x, len(experts)), experts, strict=True)
-        ]
+        x_CI = [one.squeeze(0) for one in mx.split(x, len(experts))]
+        each = [_one(one, w[e], transposed) for one, e in zip(x_CI, experts, strict=True)]
         return each[0][None] if len(each) == 1 else mx.stack(each)
     if len(experts) == 1 and not gpu_geometry():
         w_OI = w_nOI.squeeze(0)  # x[0] would copy
@@ -239,21 +252,27 @@ def _one(x_CI: mx.array, w: Quantized, transposed: bool) -> mx.array:
     return detached(x_CI @ (w_OI if transposed else w_OI.T))
 
 
-def _dense(w_EOI: mx.array, experts: Experts) -> mx.array:
-    """The matrices of `experts`; a copy where they do not lie side by side."""
-    first, last = experts[0], experts[-1] + 1
-    if experts != tuple(range(first, last)):
-        return mx.concatenate([_dense(w_EOI, (e,)) for e in experts])
+def _dense(w_EOI: mx.array, part: Part, ordered: bool) -> mx.array:
+    """The matrices of the part's experts: a view where they lie side by side, else a copy."""
+    if ordered:
+        return _run(w_EOI, part.first, part.first + len(part.experts))
+    first, last = part.experts[0], part.experts[-1] + 1
+    if part.experts == tuple(range(first, last)):
+        return _run(w_EOI, first, last)
+    return mx.concatenate([_run(w_EOI, e, e + 1) for e in part.experts])
+
+
+def _run(w_EOI: mx.array, first: int, last: int) -> mx.array:
     return w_EOI if last - first == w_EOI.shape[0] else mx.split(w_EOI, [first, last])[1]  # a view; w[e] would copy
 
 
 def add_times(
-    y: mx.array, x: mx.array, w_EOI: mx.array, experts: Experts, scale: float, transposed: bool = False
+    y: mx.array, x: mx.array, w_EOI: mx.array, part: Part, scale: float, *, transposed: bool = False, ordered: bool
 ) -> mx.array:
     """y + scale * `times`, in one pass on a GPU."""
     if not gpu_geometry():
-        return y + times(scale * x, w_EOI, experts, transposed)
-    w_nOI = _dense(w_EOI, experts)
+        return y + times(scale * x if scale != 1.0 else x, w_EOI, part, transposed=transposed, ordered=ordered)
+    w_nOI = _dense(w_EOI, part, ordered)
     return mx.addmm(y, x, w_nOI if transposed else w_nOI.swapaxes(1, 2), alpha=scale)
 
 

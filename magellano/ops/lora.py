@@ -31,9 +31,9 @@ def adapted_matmul(
     def product_vjp(primals, dy, _):  # type: ignore[no-untyped-def]
         x, a_rI, b_Or = primals
         x_MI, dy_MO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        low_Mr, dlow_Mr = x_MI @ a_rI.T, dy_MO @ b_Or
-        dx_MI = mx.addmm(_times_transposed(dy_MO, w_OI), dlow_Mr, a_rI, alpha=scale)
-        return detached(dx_MI.reshape(x.shape)), (scale * dlow_Mr).T @ x_MI, dy_MO.T @ (scale * low_Mr)
+        low_Mr, dlow_Mr = scale * (x_MI @ a_rI.T), scale * (dy_MO @ b_Or)
+        dx_MI = mx.addmm(_times_transposed(dy_MO, w_OI), dlow_Mr, a_rI)
+        return detached(dx_MI.reshape(x.shape)), dlow_Mr.T @ x_MI, dy_MO.T @ low_Mr
 
     y: mx.array = product(x, a_rI.astype(dtype), b_Or.astype(dtype))  # type: ignore[assignment]
     return y

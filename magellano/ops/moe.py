@@ -32,7 +32,7 @@ _THREADS, _ROUTE_THREADS, _SIMD = 256, 1024, 32  # of a threadgroup and of a sim
 _COUNTERS = 8192  # in threadgroup memory: experts times threads
 _COLUMNS = 4096  # of one host thread
 _ROUND = 64  # a padded expert's rows are a multiple of this
-_SPARE = 8  # one part in so many is added to a load for which room is made beforehand
+_SPARE = 5  # one part in so many is added to a load for which room is made beforehand
 _MOST_PARTS, _PART_COST = 3, 256  # of a padded room; what a part more must save, in rows
 
 
@@ -65,7 +65,7 @@ class Room:
 
     @classmethod
     def padded(cls, loads: Sequence[int], tokens: int, *, spare: bool = False) -> "Room":
-        """A few parts that hold these loads, with the fewest rows; `spare`: and an eighth more."""
+        """A few parts that hold these loads, with the fewest rows; `spare`: and a fifth more."""
         experts = sorted(range(len(loads)), key=lambda e: (-loads[e], e))
         wanted = [load + load // _SPARE * spare for load in (loads[e] for e in experts)]
         rows = [min(-(-max(load, 1) // _ROUND) * _ROUND, tokens) for load in wanted]
@@ -80,6 +80,11 @@ class Room:
     def rows(self) -> int:
         """Of all experts together, N."""
         return sum(len(experts) * rows for experts, rows in self.parts)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The experts as their rows lie."""
+        return tuple(e for experts, _ in self.parts for e in experts)
 
     def of_each(self) -> tuple[list[int], list[int]]:
         """Each expert's first row and how many rows it has."""

@@ -20,9 +20,9 @@ from magellano.ops.cross_entropy import Renyi
 from magellano.ops.experts import Layer, feed_forward
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
+from magellano.ops.many import add_squares, join, narrow, no_squares
 from magellano.ops.moe import places, route
 from magellano.ops.selective_scan import selective_scan
-from magellano.ops.square_sum import PARTS, add_squares
 
 STUB = Path(__file__).with_name("metal_stub.h")
 CUDA_STUB = """#include <cuda_fp16.h>
@@ -137,7 +137,8 @@ def _use_operations(dtype: mx.Dtype) -> None:
         mx.eval(mx.grad(function, argnums=(0, 1))(ones(1, 9, 8), mx.ones((8, 16))))
     _use_experts_and_loss(dtype)
     mx.eval(add_rows(ones(5, 8), ones(3, 8), mx.zeros((3,), mx.int32)))
-    mx.eval(add_squares(mx.zeros((PARTS,)), ones(3, 8)))
+    mx.eval(add_squares(no_squares(), [ones(3, 8), ones(8)]), join([ones(8)] * 9))
+    mx.eval(narrow([mx.ones((2, 8))] * 3, dtype, (1, 0)), narrow([mx.ones((2, 3))], dtype, (1, 0)))
     for state in (mx.float32, mx.float16):
         for size in (8 * 256, 9):
             moments = Moments(*(mx.zeros((size,), state) for _ in range(3)))
@@ -167,7 +168,15 @@ def test_the_launches_cover_both_directions(launches: list[Launch]) -> None:
     wanted = {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
     wanted |= {f"moe_{part}" for part in ("route", "places", "rows", "hidden_backward")}
     wanted |= {f"cross_entropy_{part}" for part in ("statistics", "entropy", "gradient")}
-    wanted |= {"add_rows", "square_sum", "adamw_fp32", "adamw_fp16_v2", "adamw_fp16_simd8"}
+    wanted |= {
+        "add_rows",
+        "many_squares",
+        "many_join",
+        "many_narrow",
+        "adamw_fp32",
+        "adamw_fp16_v2",
+        "adamw_fp16_simd8",
+    }
     assert wanted <= names
 
 
