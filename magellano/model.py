@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from magellano import init
 from magellano.backend import mx, nn
+from magellano.decode import Decoder
 from magellano.layout import EMBEDDING, ParamSpec, layer_parameters, parameters
 from magellano.linear import Embedding, Projection, Weight, array
 from magellano.mamba import Mamba, MambaState
@@ -160,9 +161,24 @@ class MagellanoLM(nn.Module):
         """Continue from `state` by T >= 1 tokens: logits [B, T, V] and the new state. Same result as the full
         forward.
         """
+        h_BTD, new = self.advance(tokens_BT, state)
+        return self.logits(h_BTD), new
+
+    def advance(self, tokens_BT: mx.array, state: list[MambaState | None]) -> tuple[mx.array, list[MambaState | None]]:
+        """The same up to the final hidden states [B, T, D]: of a prompt's only the last is wanted."""
         h_BTD = self.backbone.embeddings(tokens_BT).astype(self.compute)
         new = []
         for layer, old in zip(self.backbone.layers, state, strict=True):
             h_BTD, layer_state = layer.step(h_BTD, old)
+            if layer_state is not None:  # a view of all inputs would keep them
+                layer_state = layer_state._replace(conv_BKI=mx.contiguous(layer_state.conv_BKI))
             new.append(layer_state)
-        return self.backbone.embeddings.logits(self.backbone.norm_f(h_BTD)), new
+        return self.backbone.norm_f(h_BTD), new
+
+    def logits(self, h: mx.array) -> mx.array:
+        """Logits [.., V] of final hidden states [.., D]."""
+        return self.backbone.embeddings.logits(h)
+
+    def decoder(self) -> Decoder:
+        """Steps of one token a sequence with few launches, for weights that do not change meanwhile."""
+        return Decoder(self)

@@ -1,19 +1,27 @@
 """Generation: each way of choosing a token against its definition, the loop against the full forward of a model."""
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from magellano import decode, lora, nf4
 from magellano.backend import mx
+from magellano.decode import flat
 from magellano.errors import InputError
-from magellano.generate import PROMPT_CHUNK, Sampling, choose, generate, text
+from magellano.generate import PROMPT_CHUNK, Sampling, Stream, choose, generate, read, text
+from magellano.layout import ParamSpec
+from magellano.mamba import MambaState
 from magellano.model import MagellanoLM, seeded
-from magellano.profile import ModelConfig
+from magellano.ops import launch
+from magellano.ops.launch import Dialect
+from magellano.profile import LoraConfig, ModelConfig
 
 END = 60
 TINY = ModelConfig(d_model=16, n_layers=4, n_experts=4, d_ff=24, d_state=4, dt_rank=3, vocab_size=257)
+WHOLE = ModelConfig(d_model=64, n_layers=4, n_experts=4, d_ff=128, d_state=4, dt_rank=4, vocab_size=257)  # in blocks
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +36,137 @@ class Scripted:
         self.vocabulary, self.fed = vocabulary, []
 
     def initial_state(self, batch: int) -> Any:
-        return mx.zeros((batch,))
+        return [MambaState(mx.zeros((batch, 3, 1)), mx.zeros((batch, 1)))]
 
-    def step(self, tokens_BT: mx.array, state: Any) -> tuple[mx.array, Any]:
+    def advance(self, tokens_BT: mx.array, state: Any) -> tuple[mx.array, Any]:
         self.fed += tokens_BT[0].tolist()
         wanted = (np.array(tokens_BT) + 1) % self.vocabulary
-        return mx.array(np.eye(self.vocabulary, dtype=np.float32)[wanted]), state + 1
+        return mx.array(np.eye(self.vocabulary, dtype=np.float32)[wanted]), state
+
+    def logits(self, h: mx.array) -> mx.array:
+        return h
+
+    def decoder(self) -> Any:
+        return self
+
+    def serves(self, batch: int) -> bool:
+        return True
+
+    def __call__(self, tokens_B: mx.array, state: Any) -> tuple[mx.array, Any]:
+        h_B1V, state = self.advance(tokens_B[:, None], state)
+        return h_B1V[:, 0], state
+
+
+def quantized(config: ModelConfig, base: Callable[[ParamSpec], Any]) -> MagellanoLM:
+    """In NF4 with an adapter whose every B is away from zero."""
+
+    def source(spec: ParamSpec) -> Any:
+        w = base(spec)
+        if spec.target is None:
+            return w
+        return nf4.NF4Stack.of([nf4.quantize(x) for x in w]) if w.ndim == 3 else nf4.quantize(w)
+
+    made = MagellanoLM(config, source)
+    settings, rng = LoraConfig(rank=4), np.random.default_rng(1)
+    start = lora.start(config, settings)
+    lora.attach(made, settings, {k: mx.array(rng.normal(0, 0.1, v.shape).astype(np.float32)) for k, v in start.items()})
+    return made
+
+
+@pytest.fixture(params=["dense", "adapted", "adapted, odd", "adapted, small made dense", "adapted, odd, made dense"])
+def any_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MagellanoLM:
+    """Every way in which a decoder reads weights: dense, from the codes, by rows that are no whole blocks, merged."""
+    if "made dense" not in request.param:
+        monkeypatch.setattr(decode, "_SMALL", 0)
+    config = TINY if "odd" in request.param or request.param == "dense" else WHOLE
+    return MagellanoLM(config, seeded(3)) if request.param == "dense" else quantized(config, seeded(3))
+
+
+@pytest.fixture(params=["reference", "host", "fibers"])
+def anywhere(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param != "reference" and Dialect.HOST not in launch.available():
+        pytest.skip("the host dialect cannot run here")
+    with launch.on_fibers() if request.param == "fibers" else launch.use(request.param), launch.poisoned():
+        yield request.param
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_decoder_is_the_full_forward(any_model: MagellanoLM, batch: int, anywhere: str) -> None:
+    tokens = mx.array(np.random.default_rng(batch).integers(0, 257, (batch, 5)))
+    full = any_model(tokens)
+    decoder, state = any_model.decoder(), any_model.initial_state(batch)
+    before = [(a.shape, a.dtype) for a in flat(state)]
+    for t in range(5):
+        logits_BV, state = decoder(tokens[:, t], state)
+        assert logits_BV.dtype == mx.float32
+        assert mx.abs(logits_BV - full[:, t]).max().item() <= 2e-5 * mx.abs(full).max().item(), f"token {t}"
+        assert [(a.shape, a.dtype) for a in flat(state)] == before
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=5)])
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_compiled_step_that_runs_ahead_makes_the_same_tokens(
+    sampling: Sampling, serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with the reference in the kernels' place, for compiled host kernels there are none."""
+    monkeypatch.setattr(decode, "_SMALL", 0)
+    with launch.use(Dialect.REFERENCE):
+        model = quantized(WHOLE, seeded(3))
+        wanted = list(generate(model, [5, 6, 7], 256, 9, sampling))
+        monkeypatch.setattr(launch, "gpu_geometry", lambda: True)
+        monkeypatch.setattr(decode.Decoder, "serves", lambda self, batch: serves)
+        assert list(generate(model, [5, 6, 7], 256, 9, sampling)) == wanted
+    assert len(wanted) == 9
+
+
+def test_streams_in_lock_step_are_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = quantized(WHOLE, seeded(3)), [[256, 1, 2], [256, 9, 8], [256, 30, 0]]
+    alone = [list(generate(model, prompt[1:], 256, 6)) for prompt in prompts]
+    assert len({tuple(tokens) for tokens in alone}) == 3
+    for rows in (1, 3):  # by the whole forward's products, and by those of few rows
+        stream = Stream(model, Sampling())
+        monkeypatch.setattr(stream.decoder, "rows", rows)
+        made, together = stream.start(*read(prompts, model)), []
+        for _ in range(6):
+            together.append(np.array(made.token_P)[:3].tolist())
+            made = stream.next(made)
+        assert np.array(together).T.tolist() == alone
+
+
+@pytest.mark.parametrize("length", [5, 8, 20])
+def test_a_prompt_in_chunks_is_a_prompt_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(WHOLE, seeded(3))
+    prompt = np.random.default_rng(2).integers(0, 257, (2, length)).tolist()
+    whole, at_once = read(prompt, model)
+    monkeypatch.setattr("magellano.generate.PROMPT_CHUNK", 8)
+    pieces, state = read(prompt, model)
+    assert whole.shape == (2, 257)
+    for a, b in zip([whole, *flat(at_once)], [pieces, *flat(state)], strict=True):
+        assert mx.abs(a - b).max().item() <= 1e-5 * mx.abs(a).max().item()
+
+
+def test_memory_does_not_grow_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magellano.generate.PROMPT_CHUNK", 64)
+    model, peaks = MagellanoLM(TINY, seeded(3)), []
+    for length in (64, 128, 4096):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(read([[7] * length], model)[0])
+        peaks.append(mx.get_peak_memory() - before)
+    logits = 64 * TINY.vocab_size * 4  # of a whole chunk: they are never made
+    assert peaks[2] <= 1.02 * peaks[1]
+    assert peaks[1] - peaks[0] < logits
+
+
+def test_a_state_keeps_nothing_alive_but_itself() -> None:
+    model = MagellanoLM(TINY, seeded(3))
+    mx.eval(model.parameters())
+    read([[7] * PROMPT_CHUNK], model)  # what is made once is there
+    before = mx.get_active_memory()
+    state = flat(read([[7] * PROMPT_CHUNK], model)[1])
+    inputs = PROMPT_CHUNK * TINY.d_inner * 4  # of one convolution
+    assert mx.get_active_memory() - before <= sum(a.nbytes for a in state) + inputs / 2
 
 
 def test_document_starts_with_end_of_text_and_stops_at_it():

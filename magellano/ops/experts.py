@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from magellano.backend import mx
+from magellano.ops.around import Around
+from magellano.ops.decode import matvec
 from magellano.ops.launch import Kernel, gpu_geometry
 from magellano.ops.lazy import detached, plain
 from magellano.ops.moe import Places, rows
-from magellano.ops.nf4 import Quantized
+from magellano.ops.nf4 import BLOCK, Parts, Quantized, nf4_matvec
 
 _HIDDEN_BACKWARD = Kernel("moe_hidden_backward", ("da", "a", "gate", "copy"), ("dh", "dgate"))
 _THREADS = 256  # of a threadgroup on a GPU
@@ -23,6 +25,12 @@ _THREADS = 256  # of a threadgroup on a GPU
 
 class Stack(Protocol):
     """What is needed of E NF4 matrices of one shape (see magellano/nf4.py)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def parts(self) -> Parts: ...
 
     def __len__(self) -> int: ...
 
@@ -97,6 +105,23 @@ class Layer:
         """A x."""
         assert self.a is not None
         return times(x, self.a, part, ordered=self.ordered)
+
+    def each(self, x: mx.array, expert_S: mx.array, around: Around | None = None) -> mx.array:
+        """w' x of expert expert_S[s] for each of a few rows, [S, O]; a row of x may serve several neighbours. NF4
+        weights need I a multiple of 64.
+        """
+        around = around or Around()
+        if self.a is not None:
+            low = matvec(x, self.a, expert_S, replace(around, relu=False), mx.float32)
+            around = replace(around, low_Mr=low, b=self.b, scale=self.scale)
+        if isinstance(self.weight, mx.array):
+            return matvec(x, self.weight, expert_S, around)
+        return nf4_matvec(x, self.weight.parts, self.weight.shape[1], expert_S, around)
+
+    @property
+    def takes_each(self) -> bool:
+        """Whether `each` can serve."""
+        return isinstance(self.weight, mx.array) or self.weight.shape[2] % BLOCK == 0
 
     def back(self, dy: mx.array, part: Part) -> tuple[mx.array, mx.array | None]:
         """The gradient of x, and that of A x."""
@@ -173,6 +198,22 @@ def feed_forward(
 
     outputs: tuple[mx.array, ...] = mixture(u_MD, gate_Mk, *w1.arrays(), *w2.arrays())  # type: ignore[assignment]
     return outputs[0]
+
+
+def feed_forward_few(
+    h_MD: mx.array, norm: Around, gate_Mk: mx.array, expert_Mk: mx.array, w1: Layer, w2: Layer
+) -> mx.array:
+    """h + the mixture's output for norm(h), in h's dtype, for few rows, as in decoding: every token copy reads its
+    expert, so that nothing is sorted and nothing waits for the routing. No gradient.
+    """
+    (M, k), D = gate_Mk.shape, h_MD.shape[1]
+    expert_S = expert_Mk.reshape(-1)
+    a_SF = w1.each(h_MD, expert_S, replace(norm, relu=True))
+    y_MkD = w2.each(a_SF, expert_S).reshape(M, k, D)
+    made = h_MD.reshape(M, 1, D).astype(mx.float32)
+    for gate, y in zip(mx.split(gate_Mk.reshape(M, k, 1), k, axis=1), mx.split(y_MkD, k, axis=1), strict=True):
+        made = made + gate * y.astype(mx.float32)
+    return made.astype(h_MD.dtype).reshape(M, D)
 
 
 def _parts(at: Places) -> Iterator[Part]:

@@ -18,7 +18,9 @@ from typing import Protocol
 import numpy as np
 
 from magellano.backend import mx
+from magellano.ops import around as surroundings
 from magellano.ops import launch
+from magellano.ops.around import Around
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Dialect, Kernel
 from magellano.ops.lazy import constant, detached, plain, resident
@@ -27,13 +29,20 @@ _QUANTIZE = Kernel("nf4_quantize", ("w", "borders"), ("codes", "absmax"), exact=
 _HEADER = (KERNELS / "nf4.h").read_text(encoding="utf-8")
 _SCALES = ("scale_codes", "scale_absmax", "offset", "scales", "values")
 _DEQUANTIZE = Kernel("nf4_dequantize", ("codes", "factor", *_SCALES, "which"), ("out",), exact=True, header=_HEADER)
-_MATVEC = Kernel("nf4_matvec", ("x", "expert", "codes", *_SCALES), ("y",), header=_HEADER)
+_MATVEC = Kernel(
+    "nf4_matvec",
+    ("x", "expert", "codes", *_SCALES, *surroundings.INPUTS),
+    ("y",),
+    header=_HEADER + surroundings.HEADER,
+)
 _THREADS, _MATVEC_THREADS, _SIMD = 128, 256, 32  # of a threadgroup and of a simdgroup on a GPU
 _GPU_UNITS = 8  # packs of 16 bytes dequantised by one GPU thread
 _HOST_BLOCKS = 256  # handled by one host thread at a time
 _GPU_AT_ONCE = (4, 2, 1)  # words of a row that a GPU thread has under way: the first that fits the row
 _GPU_OUTS, _HOST_OUTS = 4, 16  # outputs of the matrix-vector product that share the reading of x
-_GPU_ROWS, _HOST_ROWS = 4, 1  # up to so many rows of x it beats a dense product, though it decodes anew for each
+GPU_ROWS, HOST_ROWS = 16, 1  # up to so many rows of x it beats a dense product, though it decodes anew for every few
+_ROWS_AT_ONCE, _MOST_SPLIT = 4, 8  # on a GPU: rows of x that share the decoding, simdgroups that share a row's columns
+_BUSY = 2048  # simdgroups that keep a GPU busy: 16 on each of an H100's processors
 
 BLOCK, SCALE_BLOCK = 64, 256
 _SLICE, _GPU_SLICE = 1 << 22, 1 << 28  # values quantised at a time: bounds the temporaries, of which a GPU has none
@@ -283,50 +292,81 @@ def _dequantize_reference(codes_C: mx.array, factor_P: mx.array, count: int, dty
     return (pair_PB * factor_P[:, None]).astype(dtype).reshape(-1)[:count]
 
 
-def nf4_matvec(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None = None) -> mx.array:
-    """x_MI W^T, [M, outputs] in x's dtype, straight from the codes, summed in float32; I a multiple of 64. With
-    expert_M the parts hold E matrices, and row m is multiplied by number expert_M[m]. For few rows, as in decoding:
+def nf4_matvec(
+    x_MI: mx.array,
+    w: Parts,
+    outputs: int,
+    expert_M: mx.array | None = None,
+    around: Around | None = None,
+    out: mx.Dtype | None = None,
+) -> mx.array:
+    """x_MI W^T, [M, outputs] in `out`, by default x's dtype, straight from the codes, summed in float32; I a multiple
+    of 64. With expert_M the parts hold E matrices, and row m is multiplied by number expert_M[m]; x may then have fewer
+    rows, each of which serves as many neighbours. `around`: what else the launch does. For few rows, as in decoding:
     each reads all codes of its matrix. No gradient. Raises ValueError for sizes that do not fit.
     """
-    M, I = x_MI.shape
+    around, out = around or Around(), out or x_MI.dtype
+    rows, I = x_MI.shape
     codes = w.codes.reshape(-1, w.codes.shape[-1])
     if I % BLOCK or codes.shape[1] * 2 != outputs * I or (expert_M is None and codes.shape[0] != 1):
         raise ValueError(f"nf4_matvec: x {x_MI.shape} and {outputs} outputs do not fit codes of shape {w.codes.shape}")
+    M = rows if expert_M is None else expert_M.size
+    if M % rows:
+        raise ValueError(f"nf4_matvec: {M} rows cannot come from {rows}")
     if plain(x_MI, codes):
-        return _matvec_reference(x_MI, w, outputs, expert_M)
+        return around.after(_matvec_reference(around.before(x_MI), w, outputs, expert_M), expert_M, out)
     width = 8 if launch.gpu_geometry() else 2
-    at_once = next((n for n in _GPU_AT_ONCE if I % (_SIMD * width * n) == 0), 1)
-    simdgroups = _MATVEC_THREADS // _SIMD
+    together, simdgroups = rows_together(M, expert_M), _MATVEC_THREADS // _SIMD
+    split = splits(-(-outputs // _GPU_OUTS) * -(-M // together), I // width // _GPU_AT_ONCE[0])
+    few = _GPU_AT_ONCE if together < _ROWS_AT_ONCE else _GPU_AT_ONCE[1:]  # for want of registers
+    at_once = next((n for n in few if I // width % (_SIMD * split * n) == 0), 1)
     y: mx.array = _MATVEC(
         [
             x_MI,
             _numbers(()) if expert_M is None else expert_M.astype(mx.int32),
             _words(codes, width),
             *_scale_arrays(w),
+            *around.arrays(),
         ],
         template={
-            "T": x_MI.dtype, "V": width, "RUN": 1, "AT_ONCE": at_once, "OUTS": _GPU_OUTS, "SG": simdgroups,
-            "I_SIZE": I, "O_SIZE": outputs, "GATHER": expert_M is not None,
+            "V": width, "RUN": 1, "AT_ONCE": at_once, "OUTS": _GPU_OUTS, "SG": simdgroups, "SPLIT": split,
+            "ROWS": together, "I_SIZE": I, "O_SIZE": outputs, "GATHER": expert_M is not None, "SHARE": M // rows,
+            **around.template(x_MI, out),
         },
-        grid=(-(-outputs // (_GPU_OUTS * simdgroups)) * _MATVEC_THREADS, M, 1),
+        grid=(-(-outputs // (_GPU_OUTS * simdgroups // split)) * _MATVEC_THREADS, -(-M // together), 1),
         threadgroup=(_MATVEC_THREADS, 1, 1),
-        host_template={"RUN": BLOCK // width, "AT_ONCE": 1, "OUTS": _HOST_OUTS, "SG": 1},
+        host_template={"RUN": BLOCK // width, "AT_ONCE": 1, "OUTS": _HOST_OUTS, "SG": 1, "SPLIT": 1, "ROWS": 1},
         host_grid=(-(-outputs // _HOST_OUTS), M, 1),
         output_shapes=[(M, outputs)],
-        output_dtypes=[x_MI.dtype],
+        output_dtypes=[out],
     )[0]  # fmt: skip
     return y
 
 
+def rows_together(M: int, expert_M: mx.array | None) -> int:
+    """How many rows of a matrix-vector product share the reading of a GPU's matrix: few numbers, for few kernels."""
+    return 1 if expert_M is not None else next(n for n in (1, 2, _ROWS_AT_ONCE) if n >= min(M, _ROWS_AT_ONCE))
+
+
+def splits(simdgroups: int, packs: int) -> int:
+    """Over how many simdgroups a row's columns are spread, so that a GPU's processors are busy where there are few
+    outputs: `simdgroups` without it, `packs` a row to be shared out among their lanes.
+    """
+    return next(
+        n for n in (1, 2, 4, 8) if n == _MOST_SPLIT or n * simdgroups >= _BUSY or 2 * n * _SIMD > max(packs, _SIMD)
+    )
+
+
 def _matvec_reference(x_MI: mx.array, w: Parts, outputs: int, expert_M: mx.array | None) -> mx.array:
-    rows, I = [], x_MI.shape[1]
+    rows, (count, I) = [], x_MI.shape
     codes, scale_codes, scale_absmax = (a.reshape(-1, a.shape[-1]) for a in (w.codes, w.scale_codes, w.scale_absmax))
-    for m in range(x_MI.shape[0]):
+    M = count if expert_M is None else expert_M.size
+    for m in range(M):
         e = mx.array(0) if expert_M is None else expert_M[m]
         factor_P = expand_scales(scale_codes[e], scale_absmax[e], w.offset[e].reshape(1))
         w_OI = _dequantize_reference(codes[e], factor_P, outputs * I, mx.float32).reshape(outputs, I)
-        rows.append(w_OI @ x_MI[m].astype(mx.float32))
-    return mx.stack(rows).astype(x_MI.dtype)
+        rows.append(w_OI @ x_MI[m // (M // count)])
+    return mx.stack(rows)
 
 
 def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
@@ -337,7 +377,7 @@ def nf4_matmul(x: mx.array, w: Quantized) -> mx.array:
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
         rows = x.size // x.shape[-1]
-        if rows <= (_GPU_ROWS if launch.gpu_geometry() else _HOST_ROWS) and x.shape[-1] % BLOCK == 0 and not plain(x):
+        if rows <= (GPU_ROWS if launch.gpu_geometry() else HOST_ROWS) and x.shape[-1] % BLOCK == 0 and not plain(x):
             return detached(nf4_matvec(x.reshape(rows, -1), w.parts, w.shape[0]).reshape(*x.shape[:-1], w.shape[0]))
         return detached(x @ w.dequantize(x.dtype, after=x).T)
 
