@@ -6,14 +6,11 @@ FOLDER keeps the 1.6 GB base between calls. Nothing here is shortened: what runs
 
 import argparse
 import json
-import multiprocessing
-import resource
 import shutil
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from children import in_child
 
 from magellano.profile import Profile, load_profile
 from magellano.progress import silent
@@ -36,7 +33,7 @@ def one_step(root: Path, profile: Profile) -> dict[str, Any]:
     tokenize.run(tokens, profile.data, profile.model.vocab_size, silent)
     attach_lora.run(adapter, profile, root / "quantize" / "base")
     model = loader.load_release(adapter, root / "quantize" / "base", profile.train.compute)
-    metrics = Trainer(model, profile.train, tokens).one_step()
+    metrics = Trainer(model, profile.train, tokens, profile.loss, profile.memory.limit_gib).one_step()
     return {"loss": metrics.loss, "peak_gib": metrics.peak_gib, "step_s": metrics.seconds}
 
 
@@ -44,15 +41,6 @@ def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def measured(work: Callable[[Path, Profile], dict[str, Any]], root: Path, profile: Profile, pipe: Any) -> None:
-    """Run `work` and send its facts with the process's time and peak resident memory."""
-    started = time.perf_counter()
-    facts = work(root, profile)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB here
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    pipe.send({**facts, "seconds": time.perf_counter() - started, "resident_gb": resident})
 
 
 def main() -> None:
@@ -64,12 +52,7 @@ def main() -> None:
     profile, root = load_profile("production3b", settings), arguments.folder
     todo = [one_step] if (root / "quantize" / "base" / "config.json").is_file() else [quantize, one_step]
     for work in todo:
-        here, there = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=measured, args=(work, root, profile, there))
-        process.start()
-        there.close()
-        print(json.dumps({"part": work.__name__, **here.recv()}), flush=True)
-        process.join()
+        print(json.dumps({"part": work.__name__, **in_child(work, root, profile)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""The loss of a batch and the gradients of what trains, layer by layer: gradient checkpointing (Chen et al. 2016,
-arXiv 1604.06174) written out. Forward keeps each layer's input and nothing else; backward makes a layer's intermediates
-again, takes its gradients, and forgets them. So a layer's arrays never outlive it, whatever MLX's graph of a whole
-model would hold, and work is handed to the device a layer at a time while the host prepares the next.
+"""The loss of a batch and the gradients of what trains, in one of two forms.
+
+Layer by layer: gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) written out. Forward keeps each layer's
+input and nothing else; backward makes a layer's intermediates again, takes its gradients, and forgets them. So a
+layer's arrays never outlive it, whatever MLX's graph of a whole model would hold, and work is handed to the device a
+layer at a time while the host prepares the next.
 
 On a GPU each layer's two functions are compiled. What cannot be known then is how many token copies each expert gets: a
 layer is compiled with room for what has been seen and a fifth more, and a batch that turns out to need more is done
 again. So nothing is dropped, and nothing waits for a routing.
+
+Whole: one gradient through all layers, whose intermediates are kept meanwhile: a third faster where there is memory for
+them (see activations.py). Not compiled: for CPUs.
 
 Shapes: B batch, T time, D d_model.
 """
@@ -13,7 +18,8 @@ Shapes: B batch, T time, D d_model.
 import collections
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -101,11 +107,11 @@ def _slot(part: Any, path: str) -> tuple[Any, str]:
 
 class Backprop:
     """Loss and gradients of `model`. `loads` maps a MoE layer's number to the most token copies that each expert got in
-    a batch so far. Reads which parameters train when it is made.
+    a batch so far. `keeps`: activations are kept, not made again. Reads which parameters train when it is made.
     """
 
-    def __init__(self, model: MagellanoLM, renyi: Renyi | None = None):
-        self.model, self.renyi = model, renyi
+    def __init__(self, model: MagellanoLM, renyi: Renyi | None = None, *, keeps: bool = False):
+        self.model, self.renyi, self.keeps = model, renyi, keeps
         self.loads: dict[int, list[int]] = {}
         self._rooms: dict[int, Room] = {}
         self._tokens = 0  # of the batches that the rooms are for
@@ -116,7 +122,7 @@ class Backprop:
         self._norm = Trainables(model.backbone.norm_f, FINAL_NORM, sixteen)
         self.ahead = _AHEAD
         self._running: collections.deque[mx.array] = collections.deque()
-        self._compiles = on_gpu() and dialect() is not Dialect.REFERENCE
+        self._compiles = on_gpu() and dialect() is not Dialect.REFERENCE and not keeps
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, batch: Batch, factor: float, router_factors: tuple[float, float] | None = None) -> Outcome:
@@ -131,8 +137,29 @@ class Backprop:
             del outcome  # its gradients would lie beside those of the next pass
 
     def _pass(self, batch: Batch, scale: mx.array, down: mx.array | None) -> tuple[Outcome, dict[int, mx.array]]:
-        # 1. forward: each layer's input stays
         h_BTD = self._run(self._embed, None, batch.tokens, *self._embeddings.values())
+        if self.keeps:
+            outcome, dh_BTD = self._whole(h_BTD, batch, scale, down)
+            sizes: dict[int, mx.array] = {}
+        else:
+            outcome, dh_BTD, sizes = self._layer_by_layer(h_BTD, batch, scale, down)
+        # the embedding, which is the head's too
+        gradients, squares = outcome.gradients, outcome.squares
+        if names := self._embeddings.names:
+            embeddings, at = self.model.backbone.embeddings, len(EMBEDDINGS) + 1
+            head = {name[at:]: gradients[name] for name in names}
+            found = embeddings.backward(batch.tokens, dh_BTD, head)
+            gradients |= {name: found[name[at:]] for name in names}
+        squares = add_squares(squares, [gradients[name] for name in [*self._norm.names, *self._embeddings.names]])
+        return replace(outcome, squares=squares), sizes
+
+    def _layer_by_layer(
+        self, h_BTD: mx.array, batch: Batch, scale: mx.array, down: mx.array | None
+    ) -> tuple[Outcome, mx.array, dict[int, mx.array]]:
+        """From the embedding's rows the outcome, the gradient of these rows still to be added to it, and each router's
+        token copies per expert; `squares` are the layers' alone.
+        """
+        # 1. forward: each layer's input stays
         inputs, losses, sizes = [], [], {}
         for i, layer in enumerate(self._layers):
             inputs.append(h_BTD)
@@ -151,15 +178,31 @@ class Backprop:
             backward = self._backward if down is None else self._backward_with_routers
             dh_BTD, squares, *found = self._run(backward, i, *given, *layer.values())
             gradients.update(zip(layer.names, found, strict=True))
-        # 4. the embedding, which is the head's too
-        if names := self._embeddings.names:
-            embeddings, at = self.model.backbone.embeddings, len(EMBEDDINGS) + 1
-            head = {name[at:]: gradients[name] for name in names}
-            found = embeddings.backward(batch.tokens, dh_BTD, head)
-            gradients |= {name: found[name[at:]] for name in names}
-        squares = add_squares(squares, [gradients[name] for name in [*self._norm.names, *self._embeddings.names]])
-        routers = mx.stack(losses).sum(axis=0) if losses else mx.zeros((2,))
-        return Outcome(nll, routers, gradients, squares), sizes
+        return Outcome(nll, _sum(losses), gradients, squares), dh_BTD, sizes
+
+    def _whole(self, h_BTD: mx.array, batch: Batch, scale: mx.array, down: mx.array | None) -> tuple[Outcome, mx.array]:
+        """As `_layer_by_layer`, in one gradient."""
+        parts = [*self._layers, self._norm, self._embeddings]
+
+        def forward(h_BTD: mx.array, *values: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            left, losses = iter(values), []
+            for i, layer in enumerate(self._layers):
+                given = islice(left, len(layer.names))
+                h_BTD, *routed = self._layer(i, h_BTD, batch.reset, *given, unread=False)
+                losses += routed[:1]
+            objective, nll = self._objective(h_BTD, batch.targets, batch.weights, *left)
+            return objective, _sum(losses) if down is not None else mx.stop_gradient(_sum(losses)), nll
+
+        def gradient(h_BTD: mx.array, *values: mx.array) -> list[mx.array]:
+            cotangents = [_first(scale), mx.zeros((2,)) if down is None else down[:2]]  # nll has no gradient, so none
+            (_, routers, nll), found = mx.vjp(forward, [h_BTD, *values], cotangents)
+            return [nll, routers, *found]
+
+        values = [v for part in parts for v in part.narrow(part.values(), self.model.compute)]
+        nll, routers, dh_BTD, *found = self._run(gradient, None, h_BTD, *values)
+        gradients = dict(zip([name for part in parts for name in part.names], found, strict=True))
+        squares = add_squares(no_squares(), [gradients[name] for layer in self._layers for name in layer.names])
+        return Outcome(nll, routers, gradients, squares), dh_BTD
 
     def _run(self, function: Callable[..., Any], i: int | None, *arrays: mx.array) -> Any:
         """function of layer i (or of no layer) on `arrays`, its results under way; layers are compiled on a GPU."""
@@ -238,19 +281,26 @@ class Backprop:
         self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, scale: mx.array, *values: mx.array
     ) -> list[mx.array]:
         """nll, and the gradients of the objective times scale's first element in h, the final norm and the head."""
-        model, split = self.model, len(self._norm.names)
+        split = len(self._norm.names)
 
         def objective(h_BTD: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
-            h_BTD = self._norm.call(model.backbone.norm_f, values[:split], h_BTD)
-            both: tuple[mx.array, mx.array] = self._embeddings.call(
-                model.objective, values[split:], h_BTD, targets_BT, weights_BT, self.renyi
-            )
-            return both
+            return self._objective(h_BTD, targets_BT, weights_BT, *values)
 
-        narrow = [*values[:split], *self._embeddings.narrow(values[split:], model.compute)]
-        down = mx.split(scale, scale.size)[0].reshape(())
+        narrow = [*values[:split], *self._embeddings.narrow(values[split:], self.model.compute)]
+        down = _first(scale)
         (_, nll), gradients = mx.vjp(objective, [h_BTD, *narrow], [down, mx.zeros_like(down)])
         return [nll, *gradients]
+
+    def _objective(
+        self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, *values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The objective and nll from the last layer's output and the arrays of the final norm and the head."""
+        model, split = self.model, len(self._norm.names)
+        h_BTD = self._norm.call(model.backbone.norm_f, values[:split], h_BTD)
+        both: tuple[mx.array, mx.array] = self._embeddings.call(
+            model.objective, values[split:], h_BTD, targets_BT, weights_BT, self.renyi, _counted(weights_BT)
+        )
+        return both
 
     def _make_rooms(self, batch: Batch) -> None:
         """Rooms for batches of this size, from the loads of a pass that waits for each layer's routing."""
@@ -275,3 +325,22 @@ class Backprop:
             self._rooms[i] = Room.padded(self.loads[i], self._tokens, spare=True)
             held = False
         return held
+
+
+def _first(scale: mx.array) -> mx.array:
+    return mx.split(scale, scale.size)[0].reshape(())
+
+
+def _sum(losses: list[mx.array]) -> mx.array:
+    """The routers' losses, [2]."""
+    return mx.stack(losses).sum(axis=0) if losses else mx.zeros((2,))
+
+
+def _counted(weights_BT: mx.array) -> mx.array | None:
+    """The rows 0 .. B*T-1 that count, if the head is to see them alone. The head is a good part of a CPU's step, and a
+    completion's prompt has no loss; a GPU wants steps of one shape.
+    """
+    if on_gpu():
+        return None
+    rows = np.flatnonzero(np.array(weights_BT))
+    return mx.array(rows) if 0 < rows.size < weights_BT.size else None

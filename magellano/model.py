@@ -113,16 +113,24 @@ class MagellanoLM(nn.Module):
         return self.backbone.norm_f(h_BTD)
 
     def objective(
-        self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, renyi: Renyi | None = None
+        self,
+        h_BTD: mx.array,
+        targets_BT: mx.array,
+        weights_BT: mx.array,
+        renyi: Renyi | None = None,
+        counted: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """From the final hidden states the sum to minimise, that of weight * -log p(target), with `renyi` less its
-        entropy term; and the sum of weight * -log p(target), without gradient; in nats.
+        entropy term; and the sum of weight * -log p(target), without gradient; in nats. `counted`: the rows 0 .. B*T-1
+        whose weight is not 0, if the head is to see them alone.
         """
-        x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
+        h_MD, target_M, weight_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
+        if counted is not None:
+            h_MD, target_M, weight_M = h_MD[counted], target_M[counted], weight_M[counted]
+        x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_MD)
         return objective_and_nll(
-            x_MD, w, targets_BT.reshape(-1), weights_BT.reshape(-1), u_Mr, b_Vr, self.chunk,
-            frozen=u_Mr is not None, renyi=renyi,
-        )  # fmt: skip
+            x_MD, w, target_M, weight_M, u_Mr, b_Vr, self.chunk, frozen=u_Mr is not None, renyi=renyi
+        )
 
     def scores(
         self, tokens_BT: mx.array, targets_BT: mx.array, reset_BT: mx.array, chunk: int = 512

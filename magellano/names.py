@@ -63,6 +63,16 @@ class StateDtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Recompute(StrEnum):
+    """Whether a layer's intermediates are made again in the backward pass instead of being kept; `AUTO` is always on a
+    GPU, and on a CPU where keeping them would take the run beyond a quarter of the machine's memory.
+    """
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class LoraTarget(StrEnum):
     """The projections that can carry an adapter."""
 

@@ -139,6 +139,11 @@ class NF4Stack:
     def __getitem__(self, e: int) -> NF4Tensor:
         return self.tensors[e]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(a.nbytes for a in self.arrays.values())
+
     @functools.cached_property
     def tensors(self) -> tuple[NF4Tensor, ...]:
         """The matrices one by one."""

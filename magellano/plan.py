@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from magellano import moments
+from magellano import activations, moments
 from magellano.layout import ParamSpec, count, lora_count, lora_shapes, parameters
 from magellano.moments import FLOAT32, Parts, Sizes
-from magellano.names import LayerKind
+from magellano.names import LayerKind, Recompute
 from magellano.ops.nf4 import BLOCK, SCALE_BLOCK
 from magellano.profile import Profile
 
@@ -22,8 +22,8 @@ GIB = 1 << 30
 LENGTHS, MOST = 64, 1 << 20  # tokens: the steps of lengths that are tried, and where trying ends
 SMALLEST_CHUNK = 64  # rows of the loss: below, its products are no longer efficient
 
-GRADIENTS, KEPT = "gradients", "layer inputs kept"
-_TEMPORARY = (GRADIENTS, KEPT, moments.LAYER, moments.LOSS, moments.DENSE, moments.STEP)
+GRADIENTS, KEPT, KEPT_ALL = "gradients", "layer inputs kept", "activations kept"
+_TEMPORARY = (GRADIENTS, KEPT, KEPT_ALL, moments.LAYER, moments.LOSS, moments.DENSE, moments.STEP)
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,12 @@ class Plan:
 
 
 def fine_tune(profile: Profile, gpu: bool) -> Plan:
-    """The plan of the train stage on a CPU or a GPU."""
+    """The plan of the train stage on a CPU or a GPU; on a CPU with activations kept where this machine's memory and the
+    profile allow it.
+    """
     s = Sizes(profile, gpu)
     held = _held(s)
-    found = {name: {**held, **dict.fromkeys(_TEMPORARY, 0), **more} for name, more in _moments(s)}
+    found = {name: {**held, **dict.fromkeys(_TEMPORARY, 0), **more} for name, more in _whole_or_layers(s, held)}
     totals = {name: sum(parts.values()) for name, parts in found.items()}
     worst = max(totals, key=lambda name: totals[name])
     tokens = s.rows * profile.train.accumulate
@@ -86,8 +88,10 @@ def resized(profile: Profile, batch: int, seq_len: int) -> Profile:
 
 def largest(profile: Profile, gpu: bool, limit: int) -> dict[str, int]:
     """The largest batch of the profile's length, and the longest row of batch 1 in steps of LENGTHS tokens, planned
-    within `limit` bytes, of those up to MOST; 0: none.
+    within `limit` bytes, of those up to MOST; 0: none. Layers are made again, as the largest runs must.
     """
+    train = profile.train.model_copy(update={"recompute": Recompute.ALWAYS})
+    profile = profile.model_copy(update={"train": train})
 
     def fits(batch: int, seq_len: int) -> bool:
         return fine_tune(resized(profile, batch, seq_len), gpu).total <= limit
@@ -112,6 +116,21 @@ def _held(s: Sizes) -> Parts:
         "adapters": FLOAT32 * trainable,
         "optimiser": 2 * s.state * trainable,
     }
+
+
+def _whole_or_layers(s: Sizes, held: Parts) -> Iterator[tuple[str, Parts]]:
+    kept = activations.kept(s.profile.model, s.rows, s.width)
+    trainable = FLOAT32 * sum(s.adapters)
+    needed = sum(held.values()) - 2 * s.state * sum(s.adapters) + 2 * trainable + kept
+    if s.gpu or activations.decided(s.profile.train.recompute, needed, s.profile.memory.limit_gib):
+        yield from _moments(s)
+        return
+    sums = trainable if s.profile.train.accumulate > 1 else 0
+    yield "gradient of the whole model", {GRADIENTS: sums + trainable, KEPT_ALL: kept}
+    yield "loss", {GRADIENTS: sums, KEPT_ALL: kept // 2, **moments.loss(s)}
+    if sums:
+        yield "sum of the gradients", {GRADIENTS: trainable + 2 * sums}
+    yield "optimiser", {GRADIENTS: moments.gradient_width(s) * sum(s.adapters), **moments.optimiser(s)}
 
 
 def _moments(s: Sizes) -> Iterator[tuple[str, Parts]]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from magellano.errors import InputError
-from magellano.names import BaseSource, Compute, DataFormat, LayerKind, LoraTarget, LossKind, StateDtype
+from magellano.names import BaseSource, Compute, DataFormat, LayerKind, LoraTarget, LossKind, Recompute, StateDtype
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 
@@ -156,6 +156,7 @@ class TrainConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     compute: Compute = Field(default=Compute.AUTO, strict=False)
     state: StateDtype = Field(default=StateDtype.FLOAT32, strict=False)
+    recompute: Recompute = Field(default=Recompute.AUTO, strict=False)  # layers, in the backward pass: a third slower
     balance_loss: NonNegative = 0.01  # Switch's load balancing, where the router trains
     router_z_loss: NonNegative = 0.001
     loss_chunk: Positive = 512  # rows whose logits exist at once

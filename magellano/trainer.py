@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from magellano import state
+from magellano import activations, state
 from magellano.backend import compute_dtype, mx, tree_flatten, tree_unflatten
 from magellano.backprop import Backprop, Batch
 from magellano.data import shards
@@ -70,7 +70,15 @@ class Metrics:
 class Trainer:
     """Trains what is trainable in `model` on the split `train` of a tokens folder, by default for cross-entropy."""
 
-    def __init__(self, model: MagellanoLM, config: TrainConfig, tokens: Path, loss: LossConfig | None = None):
+    def __init__(
+        self,
+        model: MagellanoLM,
+        config: TrainConfig,
+        tokens: Path,
+        loss: LossConfig | None = None,
+        limit_gib: float = 0.0,
+    ):
+        """`limit_gib`: as the profile's [memory]; 0: none."""
         self.model, self.config = model, config
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
@@ -87,7 +95,10 @@ class Trainer:
         self.scale = LossScale(SCALE_START, dynamic=True) if float16 else LossScale()
         self.step, self.tokens = 0, 0
         self._follow_schedule()
-        self.backprop = Backprop(model, Renyi(loss.alpha, loss.beta) if loss and loss.has_entropy else None)
+        self.backprop = Backprop(
+            model, Renyi(loss.alpha, loss.beta) if loss and loss.has_entropy else None,
+            keeps=not activations.recomputes(model, config, config.batch * self.train.seq_len, limit_gib),
+        )  # fmt: skip
 
     def one_step(self) -> Metrics:
         """Take the next step and return its metrics."""

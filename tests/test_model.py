@@ -26,8 +26,9 @@ def relative(a: mx.array, b: mx.array) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def test_mamba_layers_equal_transformers() -> None:
-    """Logits, loss and every gradient of a pure Mamba model, checkpointed layer by layer."""
+@pytest.mark.parametrize("keeps", [False, True])
+def test_mamba_layers_equal_transformers(keeps: bool) -> None:
+    """Logits, loss and every gradient of a pure Mamba model, layer by layer and whole."""
     golden = mx.load(str(GOLDEN))
     config = ModelConfig(d_model=32, n_layers=2, d_ff=8, d_state=4, dt_rank=3, vocab_size=300)
     assert [config.kind(i) for i in range(2)] == [LayerKind.MAMBA] * 2
@@ -42,7 +43,7 @@ def test_mamba_layers_equal_transformers() -> None:
     assert relative(model(tokens), golden["logits"]) < 2e-5
     model.chunk = 7
     batch = Batch(tokens[:, :-1], tokens[:, 1:], mx.ones((2, 18)), mx.zeros((2, 18), dtype=mx.uint8))
-    found = Backprop(model)(batch, 1 / 36)
+    found = Backprop(model, keeps=keeps)(batch, 1 / 36)
     assert abs(found.nll.item() / 36 - golden["loss"].item()) < 1e-5
     assert {f"grad.{name}" for name in found.gradients} == {name for name in golden if name.startswith("grad.")}
     for name, grad in found.gradients.items():
@@ -75,10 +76,11 @@ def test_streaming_equals_the_full_forward(chunks: list[int]) -> None:
         at += n
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("routers", [None, (0.5, 0.25)])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_gradients_layer_by_layer_are_those_of_the_whole_model(
-    routers: tuple[float, float] | None, adapted: bool
+def test_gradients_in_both_forms_are_those_of_the_model(
+    routers: tuple[float, float] | None, adapted: bool, keeps: bool
 ) -> None:
     rng = np.random.default_rng(2)
     tokens, targets = (mx.array(rng.integers(0, 300, (2, 9))) for _ in range(2))
@@ -88,19 +90,25 @@ def test_gradients_layer_by_layer_are_those_of_the_whole_model(
         start = lora.start(SMALL, LoraConfig(rank=4))
         lora.attach(model, LoraConfig(rank=4), {n: a + 0.1 * mx.random.normal(a.shape) for n, a in start.items()})
 
-    def loss() -> mx.array:
-        h, total = model.backbone.embeddings(tokens), mx.zeros(())
+    def loss() -> tuple[mx.array, mx.array, mx.array]:
+        h, losses = model.backbone.embeddings(tokens), mx.zeros((2,))
         for layer in model.backbone.layers:
             h, routed = layer(h, reset)
-            if routed is not None and routers is not None:
-                total = total + (mx.array(routers) * routed.losses).sum()
-        return total + 0.3 * model.objective(model.backbone.norm_f(h), targets, weights)[0]
+            losses = losses if routed is None else losses + routed.losses
+        total = 0.0 if routers is None else (mx.array(routers) * losses).sum()
+        nll = model.objective(model.backbone.norm_f(h), targets, weights)[0]
+        return total + 0.3 * nll, nll, losses
 
-    wanted = dict(tree_flatten(nn.value_and_grad(model, loss)()[1]))
-    found = Backprop(model)(Batch(tokens, targets, weights, reset), 0.3, routers)
+    (_, nll, losses), grads = nn.value_and_grad(model, loss)()
+    wanted = dict(tree_flatten(grads))
+    found = Backprop(model, keeps=keeps)(Batch(tokens, targets, weights, reset), 0.3, routers)
     assert found.gradients.keys() == wanted.keys()
     for name, value in wanted.items():
         assert relative(found.gradients[name], value) < 1e-5, name
+    assert relative(found.nll, nll) < 1e-6
+    assert relative(found.routers, losses) < 1e-6
+    squares = sum(np.square(np.array(g, np.float64)).sum() for g in wanted.values())
+    assert np.array(found.squares, np.float64).sum() == pytest.approx(squares, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from magellano import layout, lora, memory, moments, plan
 from magellano.backend import mx
 from magellano.benchmark import synthetic
 from magellano.errors import OutOfMemory
+from magellano.names import Recompute
 from magellano.profile import Profile, load_profile
 from magellano.progress import silent
 from magellano.stages import quantize
@@ -19,11 +20,11 @@ PROFILES = ["demo", "phase1", "phase2", "phase3", "production3b"]
 
 
 def tiny(**more: object) -> Profile:
-    return load_profile("production3b", {**TINY, **more})
+    return load_profile("production3b", {**TINY, "train.recompute": "always", **more})
 
 
 def sized(name: str, batch: int, seq_len: int, **more: object) -> Profile:
-    return load_profile(name, {"train.batch": batch, "data.seq_len": seq_len, **more})
+    return load_profile(name, {"train.batch": batch, "data.seq_len": seq_len, "train.recompute": "always", **more})
 
 
 def measured(profile: Profile, folder: Path) -> int:
@@ -62,6 +63,19 @@ def test_the_plan_is_the_measured_peak(profile: Profile, moment: str, tmp_path: 
 def test_the_plan_of_a_tiny_profile_is_the_measured_peak(batch: int, seq_len: int, tmp_path: Path):
     profile = tiny(**{"train.batch": batch, "data.seq_len": seq_len, "lora.rank": 5})
     assert plan.fine_tune(profile, gpu=False).total == pytest.approx(measured(profile, tmp_path), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [sized("demo", b, t, **{"train.recompute": "never"}) for b, t in ((1, 64), (4, 256))]
+    + [sized("phase1", 1, 128, **{"train.recompute": "never"})],
+    ids=lambda p: f"{p.name} {p.train.batch} x {p.data.seq_len}",
+)
+def test_kept_activations_are_planned(profile: Profile, tmp_path: Path):
+    planned = plan.fine_tune(profile, gpu=False)
+    assert planned.total == pytest.approx(measured(profile, tmp_path), rel=0.15)
+    recomputed = profile.model_copy(update={"train": profile.train.model_copy(update={"recompute": Recompute.ALWAYS})})
+    assert plan.fine_tune(recomputed, gpu=False).total < planned.total
 
 
 @pytest.mark.parametrize("embedding", [True, False])
@@ -114,7 +128,7 @@ def test_profiles_keep_to_their_bounds(name: str, batch: int, gpu: bool, gib: fl
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize("gpu", [False, True])
 def test_more_tokens_need_more_memory_and_the_counts_add_up(name: str, gpu: bool):
-    profile = load_profile(name)
+    profile = load_profile(name, {"train.recompute": "always"})  # "auto" changes its mind with the size
     p = plan.fine_tune(profile, gpu)
     assert p.parameters == layout.count(profile.model)
     assert p.total == sum(p.memory.values()) == max(p.moments.values()) == p.moments[p.moment]

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from magellano import lora, nf4, state
+from magellano import backprop, lora, nf4, state
+from magellano import trainer as trainer_module
 from magellano.backend import mx, on_gpu
+from magellano.backprop import Batch
 from magellano.data import shards
 from magellano.errors import Stopped
 from magellano.layout import ParamSpec
 from magellano.linear import Weight
 from magellano.model import MagellanoLM, seeded
-from magellano.names import Compute, StateDtype
+from magellano.names import Compute, Recompute, StateDtype
 from magellano.ops import host
 from magellano.profile import LoraConfig, LossConfig, ModelConfig, TrainConfig
 from magellano.trainer import Trainer, run_to_end
@@ -188,6 +190,58 @@ def test_float16_with_loss_scaling_follows_float32(tokens: Path) -> None:
         a, b = half.one_step(), full.one_step()
         assert not a.skipped
         assert a.loss == pytest.approx(b.loss, rel=5e-3)
+
+
+def test_a_resumed_float16_run_continues_with_its_loss_scale(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first scale that overflows is halved; three good steps double it, and those before the checkpoint count."""
+    monkeypatch.setattr(trainer_module, "SCALE_START", 2.0**30)
+    monkeypatch.setattr(trainer_module, "SCALE_GROWTH_STEPS", 3)
+    config = CONFIG.model_copy(update={"compute": Compute.FLOAT16, "steps": 40})
+    whole, first = adapter_trainer(tokens, config), adapter_trainer(tokens, config)
+    while not (whole.scale.value < 2.0**30 and whole.scale.good == 2):
+        whole.one_step()
+        first.one_step()
+        assert whole.step < 30, "it settles"
+    first.save(tmp_path)
+    found = state.latest(tmp_path)
+    assert found is not None
+    assert found.facts["loss_scale"] == {"value": whole.scale.value, "good": 2, "dynamic": True}
+    second = adapter_trainer(tokens, config)
+    assert second.resume(tmp_path)
+    assert second.scale == first.scale
+    scales = []
+    for _ in range(4):
+        assert second.one_step().loss == whole.one_step().loss
+        assert second.scale == whole.scale
+        scales.append(second.scale.value)
+    assert scales[0] == 2 * first.scale.value, "the third good step in a row"
+    assert digest(second) == digest(whole)
+
+
+@pytest.mark.parametrize("recompute", ["always", "never"])
+@pytest.mark.parametrize("entropy", [None, LossConfig(kind="renyi", alpha=2.0, beta=0.5)])
+def test_rows_that_do_not_count_need_no_head(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, entropy: LossConfig | None
+) -> None:
+    """The same loss and gradient whether the head sees all rows or, on a CPU, the counted ones alone."""
+    trainer = adapter_trainer(tokens, CONFIG.model_copy(update={"recompute": Recompute(recompute)}), entropy)
+    rows = trainer.train.batch(range(4))
+    counted = np.count_nonzero(rows.weights)
+    assert 0 < counted < rows.weights.size
+    batch = Batch(*(mx.array(a) for a in (rows.tokens, rows.targets, rows.weights, rows.reset)))
+    seen, head = [], trainer.model.backbone.embeddings.head
+    monkeypatch.setattr(
+        type(trainer.model.backbone.embeddings), "head", lambda self, h: (seen.append(h.shape[0]), head(h))[1]
+    )
+    some = trainer.backprop(batch, 0.5)
+    monkeypatch.setattr(backprop, "_counted", lambda weights: None)
+    every = trainer.backprop(batch, 0.5)
+    assert seen == [rows.weights.size if on_gpu() else counted, rows.weights.size]
+    assert some.nll.item() == pytest.approx(every.nll.item(), rel=1e-6)
+    for name, value in every.gradients.items():
+        assert mx.allclose(some.gradients[name], value, rtol=1e-4, atol=1e-5).item(), name
 
 
 def test_an_all_masked_batch_counts_nothing(tokens: Path) -> None:

@@ -28,7 +28,9 @@ def run(profile: Profile, steps: int = 10, trace: bool = False) -> dict[str, Any
         planned = plan.fine_tune(profile, on_gpu())
         model = synthetic.model(profile)
         weights = mx.get_active_memory()
-        trainer = Trainer(model, profile.train, synthetic.tokens(Path(folder), profile))
+        trainer = Trainer(
+            model, profile.train, synthetic.tokens(Path(folder), profile), limit_gib=profile.memory.limit_gib
+        )
         warm = [trainer.one_step() for _ in range(WARM_UP)]
         mx.reset_peak_memory()
         taken = [trainer.one_step() for _ in range(steps)]

@@ -20,7 +20,7 @@ def run(out: Path, profile: Profile, tokens: Path, work: Path, progress: Progres
     assert profile.pretrain is not None
     config = profile.pretrain.train
     model = MagellanoLM(profile.model, seeded(profile.base.seed), compute_dtype(config.compute))
-    trainer = Trainer(model, config, tokens, profile.loss)
+    trainer = Trainer(model, config, tokens, profile.loss, profile.memory.limit_gib)
     facts = run_to_end(trainer, work, progress)
     loader.write_model(out, profile.model, loader.dense_tensors(model), quantized=False)
     Tokenizer(profile.model.vocab_size).save(out)
