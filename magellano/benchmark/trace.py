@@ -1,7 +1,7 @@
 """Where a training step's time and memory go. One step is taken with a wait after every layer's function, so that each
 is timed and its peak seen alone; scan, convolution and making weights dense are timed by themselves at the step's
-shapes, and what a layer takes beside them is its products. The waits make such a step longer than a free one: shares
-are what counts.
+shapes, and what a layer takes beside them is its products. The waits make such a step longer than a free one, and
+layers are made again even where a CPU would keep their activations: shares are what counts.
 
 Shapes: B batch, T time, I d_inner, N d_state, K d_conv.
 """
@@ -62,6 +62,7 @@ def trace(trainer: Trainer, profile: Profile) -> list[dict[str, Any]]:
 
         return call
 
+    keeps, backprop.keeps = backprop.keeps, False
     backprop._run = timed_run  # type: ignore[method-assign]
     optimizer.consume, optimizer.evaluate = timed(consume), timed(evaluate)  # type: ignore[method-assign]
     try:
@@ -69,7 +70,7 @@ def trace(trainer: Trainer, profile: Profile) -> list[dict[str, Any]]:
         trainer.one_step()
         total = (time.perf_counter() - started) * 1e3
     finally:
-        backprop._run = run  # type: ignore[method-assign]
+        backprop._run, backprop.keeps = run, keeps  # type: ignore[method-assign]
         optimizer.consume, optimizer.evaluate = consume, evaluate  # type: ignore[method-assign]
     return _rows(clock, _alone(trainer, profile), total)
 
