@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from magellano import lora
+from pydantic import ValidationError
+
+from magellano import files, lora
 from magellano.artifacts import MANIFEST, Store, home
 from magellano.errors import InputError
 from magellano.names import Stage
@@ -59,17 +61,18 @@ class Release:
         in_store = folder.parent == home() / "artifacts" / Stage.CHECKPOINT
         if in_store and Store(home()).find(Stage.CHECKPOINT, folder.name) is None:
             raise InputError(f"{folder}: this release is damaged and was set aside; run magellano train again")
+        if not (folder / PROFILE).exists():
+            raise InputError(f"{folder}: no {PROFILE}; not a release made here")
+        data = files.read_json(folder / PROFILE, lora.REMEDY)
         try:
-            text = (folder / PROFILE).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise InputError(f"{folder}: no {PROFILE}; not a release made here") from None
-        return cls(folder, Profile.model_validate_json(text))
+            return cls(folder, Profile.model_validate(data))
+        except ValidationError as e:
+            raise InputError(f"{folder / PROFILE}: not a profile of this version: {files.told(e)}") from None
 
     @property
     def base(self) -> Path:
         """The folder of the quantised base that its adapter names. InputError where it is not there."""
-        settings = json.loads((self.folder / lora.CONFIG).read_text(encoding="utf-8"))
-        base = (self.folder / settings["base_model_name_or_path"]).resolve()
+        base = lora.base_of(self.folder)
         if not base.is_dir():
             raise InputError(f"{self.folder}: its base {base} is not there; run magellano train {self.profile.name}")
         return base
