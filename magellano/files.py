@@ -82,7 +82,7 @@ def parse(data: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deep") from None
     except ValueError as e:
-        raise ValueError(f"not strict JSON: {e}") from None
+        raise ValueError(f"not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object but {shown(value)}")
     return value

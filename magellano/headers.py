@@ -63,7 +63,7 @@ def checked(path: Path, check: Check | None = None, remedy: str = REMEDY) -> Ite
                 if set(file.keys()) != set(header):
                     raise ValueError("the safetensors package sees other tensors in it")
         except (ValueError, OSError, SafetensorError) as e:
-            raise InputError(f"{path}: not a readable safetensors file: {files.told(e)}; {remedy}") from None
+            raise InputError(f"{path}: damaged, not a readable safetensors file: {files.told(e)}; {remedy}") from None
         if check:
             check(header)
         yield files.by_descriptor(fd), header
