@@ -72,13 +72,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not os.path.lexists(path):
         raise InputError(f"{folder}: no {CONFIG}; not a model folder; {REMEDY}")
     try:
-        data = files.read_json(path, REMEDY)
+        data = files.read_json(path, f"not a model of this project; {REMEDY}")
         config = ModelConfig.model_validate(data["model"])
         for key, most in LARGEST.items():
             if getattr(config, key) > most:
                 raise ValueError(f"model.{key}: {files.shown(getattr(config, key))} is more than {most:,}")
-    except InputError as e:
-        raise InputError(f"{e} (not a model of this project)") from None
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not a model of this project: {files.told(e)}; {REMEDY}") from None
     return config, data
@@ -115,7 +115,7 @@ class Files:
                 raise InputError(f"{path}: weight_map: not a table from tensors to files; {REMEDY}")
             shards: dict[str, set[str] | None] = {}
             for name, file in weight_map.items():
-                if not isinstance(file, str) or not file.isprintable() or Path(file).name != file or "\\" in file:
+                if not isinstance(file, str) or not _plain_name(file):
                     raise InputError(
                         f"{path}: weight_map: tensor {files.shown(name)} is to be in {files.shown(file)}, "
                         f"which is no file's name in this folder; {REMEDY}"
@@ -203,6 +203,10 @@ def load_release(folder: Path, base: Path, compute: str = "auto") -> MagellanoLM
     model = load_model(base, compute)
     lora.attach(model, *lora.load(folder, model.config))
     return model
+
+
+def _plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and name.isprintable() and not {"/", "\\"} & set(name)
 
 
 def _allowed(specs: list[ParamSpec]) -> Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]:

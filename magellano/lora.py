@@ -23,6 +23,7 @@ from magellano.tensors import load_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's file names
 PREFIX = "base_model.model."
+RANK = 1 << 16  # that an adapter_config.json may ask for
 REMEDY = "give the folder of an adapter that was made here, or make it again"
 
 
@@ -104,6 +105,8 @@ def load(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.ar
     description = _description(folder)
     try:
         lora = LoraConfig.model_validate(description["magellano"]["lora"])
+        if (rank := max(lora.rank, *lora.ranks.values(), 0)) > RANK:
+            raise ValueError(f"rank {files.shown(rank)} is more than {RANK:,}")
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{folder / CONFIG}: not an adapter made here: {files.told(e)}; {REMEDY}") from None
     stored = load_file(folder / WEIGHTS, lambda header: _check(folder / WEIGHTS, header, config, lora))
@@ -128,10 +131,10 @@ def base_of(folder: Path) -> Path:
         raise InputError(f"{where}: names no base; load it by its base's folder, or give a release")
     parts = name.split("/")
     plain = len(parts) == 4 and parts[:2] == ["..", ".."] and parts[2] in set(Stage)
-    if not plain or parts[3] in ("", ".", "..") or not parts[3].isprintable() or "\\" in name:
+    if not plain or parts[3] in ("", ".", "..") or not name.isprintable() or "\\" in name or len(name) > 255:
         raise InputError(f"{where}: leaves the artifact store; it must be ../../STAGE/KEY, as a release has it")
     base = folder.resolve().parent.parent / parts[2] / parts[3]
-    if base.resolve() != base:
+    if base.is_symlink() or base.parent.is_symlink():
         raise InputError(f"{where}: goes through a symbolic link; put the folder itself in its place")
     return base
 
