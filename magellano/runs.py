@@ -1,12 +1,13 @@
 """Finding what was made before: RUN on the command line, and from one artifact to those that it was made from."""
 
-import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from magellano import files, lora
+from magellano import durable, files, lora
 from magellano.artifacts import MANIFEST, Store, home
 from magellano.errors import InputError
 from magellano.names import Stage
@@ -16,13 +17,15 @@ from magellano.stages.checkpoint import PROFILE
 
 def input_folder(artifact: Path, stage: Stage) -> Path | None:
     """The artifact of `stage` that `artifact` was made from; None where its manifest names none or it is gone."""
-    try:
-        inputs = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))["inputs"]
-    except FileNotFoundError:
+    if not os.path.lexists(artifact / MANIFEST):
         return None
-    for ref in inputs.values():
+    inputs = files.read_json(artifact / MANIFEST, lora.REMEDY, durable.MANIFEST_BYTES).get("inputs")
+    for ref in inputs.values() if isinstance(inputs, dict) else ():
         if isinstance(ref, dict) and ref.get("stage") == stage:
-            folder = artifact.parent.parent / stage / str(ref["key"])
+            key = ref.get("key")
+            if not isinstance(key, str) or not re.fullmatch(r"[\w-]{1,64}", key, re.ASCII):
+                raise InputError(f"{artifact / MANIFEST}: inputs: {files.shown(key)} is no key; {lora.REMEDY}")
+            folder = artifact.parent.parent / stage / key
             return folder if folder.is_dir() else None
     return None
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from magellano import durable, state
+from magellano.artifacts import Store
 from magellano.backend import mx
+from magellano.names import Stage
 
 SEAL = "manifest.json"
 
@@ -24,6 +26,27 @@ def test_checkpoints_are_the_owners_alone_whatever_the_umask(tmp_path: Path, uma
     finally:
         os.umask(before)
     for path in (tmp_path / "home", *(tmp_path / "home").rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_the_store_and_its_releases_are_the_owners_alone_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    store, before = Store(tmp_path / "home"), os.umask(umask)
+    try:
+
+        def make(out: Path) -> dict[str, object]:
+            (store.work(Stage.CHECKPOINT, "k" * 32) / "left").mkdir()
+            (out / "deep").mkdir()
+            mx.save_safetensors(str(out / "deep" / "a.safetensors"), {"a": mx.zeros(3)})
+            assert all(stat.S_IMODE(p.stat().st_mode) == 0o700 for p in (out, *list(out.parents)[:3])), "meanwhile too"
+            return {}
+
+        store.build(Stage.CHECKPOINT, "k" * 32, version=1, inputs={}, config={}, make=make)
+    finally:
+        os.umask(before)
+    paths = [store.home, *store.home.rglob("*")]
+    assert {p.name for p in paths} > {"a.safetensors", "manifest.json", "locks", f"checkpoint-{'k' * 32}", "work"}
+    for path in paths:
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
