@@ -32,6 +32,7 @@ from magellano import disk, durable
 from magellano.names import METRICS, Stage
 
 log = logging.getLogger(__name__)
+private_folder = durable.private_folder
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -228,14 +229,9 @@ class Store:
 
     def _open_lock(self, stage: Stage, key: str) -> int:
         path = private_folder(self.home / "locks") / f"{stage}-{key}"
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)  # never removed: a removed lock file could be locked twice
-
-
-def private_folder(folder: Path) -> Path:
-    """`folder`, made where it is missing with its parents, the owner's alone."""
-    for path in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
-        path.mkdir(mode=0o700, exist_ok=True)
-    return folder
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        os.fchmod(fd, 0o600)
+        return fd  # never removed: a removed lock file could be locked twice
 
 
 def _ref(manifest: Mapping[str, Any]) -> ArtifactRef:

@@ -12,13 +12,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from magellano import files
+
 CHUNK = 1 << 22
 TEMPORARY = ".tmp-"
+MANIFEST_BYTES = 64 << 20
+
+
+def private_folder(folder: Path) -> Path:
+    """`folder`, made where it is missing with its parents, the owner's alone whatever the umask; what was there keeps
+    its rights.
+    """
+    for path in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:  # another process made it
+            continue
+        path.chmod(0o700)
+    return folder
+
+
+def private_files(folder: Path) -> None:
+    """Make everything below `folder` the owner's alone: folders 0700, files 0600."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as f:
+    """Hex digest of a regular file's bytes. InputError for a link or anything else."""
+    with files.opened(path, "put the file itself in its place") as fd, open(fd, "rb", closefd=False) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -63,17 +86,32 @@ def publish(temporary: Path, final: Path) -> None:
 def damage(folder: Path, name: str, deep: bool = True) -> str | None:
     """Why the sealed `folder` cannot be trusted, or None. `deep` hashes; else sizes alone are compared."""
     try:
-        listed = json.loads((folder / name).read_text(encoding="utf-8"))["files"]
+        if folder.is_symlink():
+            return "it is a symbolic link"
+        if not os.path.lexists(folder / name):
+            return f"{name} is missing"
+        listed = files.read_json(folder / name, "build it again", MANIFEST_BYTES)["files"]
         for relative, facts in listed.items():
             path = folder / relative
+            if why := _stray(folder, relative):
+                return why
             if not path.is_file():
                 return f"{relative} is missing"
             if path.stat().st_size != facts["bytes"]:
                 return f"{relative} has {path.stat().st_size} bytes, {facts['bytes']} were written"
             if deep and sha256_file(path) != facts["sha256"]:
                 return f"{relative} is not what was written (SHA-256 differs)"
-    except FileNotFoundError:
-        return f"{name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        return f"{name} is not readable: {e}"
+        return f"{name} is not readable: {files.told(e)}"
+    return None
+
+
+def _stray(folder: Path, relative: str) -> str | None:
+    """Why a name in a manifest is no plain path below `folder`."""
+    parts = relative.split("/")
+    if any(part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > 255 for part in parts):
+        return f"{files.shown(relative)} is no path below it"
+    for count in range(1, len(parts) + 1):
+        if folder.joinpath(*parts[:count]).is_symlink():
+            return f"{'/'.join(parts[:count])} is a symbolic link"
     return None

@@ -5,21 +5,26 @@ LoRA (Hu et al. 2021, arXiv 2106.09685): A starts uniform in +-1/sqrt(in), B at 
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from magellano import init
+from magellano import files, init
 from magellano.backend import mx
 from magellano.errors import InputError
+from magellano.headers import Header
 from magellano.layout import EMBEDDING, ParamSpec, lora_shapes, parameters
 from magellano.linear import Adapted
 from magellano.model import MagellanoLM
-from magellano.names import LoraTarget
+from magellano.names import LoraTarget, Stage
 from magellano.profile import LoraConfig, ModelConfig
 from magellano.tensors import load_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's file names
 PREFIX = "base_model.model."
+RANK = 1 << 16  # that an adapter_config.json may ask for
+REMEDY = "give the folder of an adapter that was made here, or make it again"
 
 
 def start(config: ModelConfig, lora: LoraConfig) -> dict[str, mx.array]:
@@ -92,26 +97,72 @@ def save(folder: Path, config: ModelConfig, lora: LoraConfig, tensors: dict[str,
 
 
 def load(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.array]]:
-    """Read what `save` wrote: the settings and the tensors in our own naming, evaluated."""
+    """Read what `save` wrote: the settings and the tensors in our own naming, evaluated.
+
+    Names, shapes and types are compared with `config` and the settings before MLX sees the file. InputError where they
+    differ or a file is not what it should be.
+    """
+    description = _description(folder)
     try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         lora = LoraConfig.model_validate(description["magellano"]["lora"])
-    except FileNotFoundError:
-        raise InputError(f"{folder}: no {CONFIG}; not an adapter folder") from None
-    except (KeyError, ValueError) as e:
-        raise InputError(f"{folder / CONFIG}: not an adapter made here: {e}") from None
-    files = dict(load_file(folder / WEIGHTS))
+        if (rank := max(lora.rank, *lora.ranks.values(), 0)) > RANK:
+            raise ValueError(f"rank {files.shown(rank)} is more than {RANK:,}")
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{folder / CONFIG}: not an adapter made here: {files.told(e)}; {REMEDY}") from None
+    stored = load_file(folder / WEIGHTS, lambda header: _check(folder / WEIGHTS, header, config, lora))
     tensors = {}
     for spec, a_shape, b_shape in _targets(config, lora):
         path = module_path(spec)
         for part, peft, shape in (("lora_a", "lora_A", a_shape), ("lora_b", "lora_B", b_shape)):
-            names = [f"{PREFIX}{p}.{peft}.weight" for p in _peft_paths(path, shape)]
-            if missing := [n for n in names if n not in files]:
-                raise InputError(f"{folder / WEIGHTS}: tensor {missing[0]} is missing")
-            pieces = [files.pop(n) for n in names]
+            pieces = [stored.pop(f"{PREFIX}{p}.{peft}.weight") for p in _peft_paths(path, shape)]
             tensors[f"{path}.{part}"] = mx.stack(pieces) if len(shape) == 3 else pieces[0]
     mx.eval(tensors)
     return lora, tensors
+
+
+def base_of(folder: Path) -> Path:
+    """The base that the adapter in `folder` names, as releases name it: ../../STAGE/KEY, in the same artifact store.
+
+    InputError for a name that leads anywhere else, through links too: loading a foreign adapter reads nothing but it.
+    """
+    name = _description(folder).get("base_model_name_or_path")
+    where = f"{folder / CONFIG}: base_model_name_or_path {files.shown(name)}"
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{where}: names no base; load it by its base's folder, or give a release")
+    parts = name.split("/")
+    plain = len(parts) == 4 and parts[:2] == ["..", ".."] and parts[2] in set(Stage)
+    if not plain or parts[3] in ("", ".", "..") or not name.isprintable() or "\\" in name or len(name) > 255:
+        raise InputError(f"{where}: leaves the artifact store; it must be ../../STAGE/KEY, as a release has it")
+    base = folder.resolve().parent.parent / parts[2] / parts[3]
+    if base.is_symlink() or base.parent.is_symlink():
+        raise InputError(f"{where}: goes through a symbolic link; put the folder itself in its place")
+    return base
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    if not os.path.lexists(folder / CONFIG):
+        raise InputError(f"{folder}: no {CONFIG}; not an adapter folder; {REMEDY}")
+    return files.read_json(folder / CONFIG, REMEDY)
+
+
+def _check(path: Path, header: Header, config: ModelConfig, lora: LoraConfig) -> None:
+    """InputError unless `header` has the tensors of `lora` on `config` and no others."""
+    extra = set(header)
+    for spec, a_shape, b_shape in _targets(config, lora):
+        for peft, shape in (("lora_A", a_shape), ("lora_B", b_shape)):
+            for module in _peft_paths(module_path(spec), shape):
+                name, wanted = f"{PREFIX}{module}.{peft}.weight", shape[-2:]
+                if name not in header:
+                    raise InputError(f"{path}: tensor {name} is missing; {REMEDY}")
+                entry = header[name]
+                if (entry.shape, entry.dtype) != (wanted, "F32"):
+                    raise InputError(
+                        f"{path}: tensor {name} is {entry.dtype} {entry.shape}, should have shape {wanted} and be F32; "
+                        "use it with the model that it was made for"
+                    )
+                extra.discard(name)
+    if extra:
+        raise InputError(f"{path}: tensor {min(extra)} belongs to no target of {CONFIG}; {REMEDY}")
 
 
 def _targets(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[ParamSpec, tuple[int, ...], tuple[int, ...]]]:

@@ -49,9 +49,7 @@ class NF4Tensor:
     def from_arrays(cls, shape: tuple[int, ...], arrays: Mapping[str, mx.array]) -> "NF4Tensor":
         """The tensor of `shape` from its packed arrays. ValueError where their sizes or types do not fit the shape."""
         tensor = cls(tuple(shape), **{part: arrays[part] for part in cls.PARTS})
-        codes, blocks = -(-tensor.size // 2), -(-tensor.size // nf4.BLOCK)
-        sizes = (codes, blocks, -(-blocks // nf4.SCALE_BLOCK), 1)
-        for part, size, dtype in zip(cls.PARTS, sizes, (mx.uint8, mx.uint8, mx.float32, mx.float32), strict=True):
+        for part, size, dtype in zip(cls.PARTS, sizes(tensor.size), _DTYPES, strict=True):
             array = arrays[part]
             if array.size != size or array.dtype != dtype:
                 raise ValueError(
@@ -88,6 +86,23 @@ class NF4Tensor:
         codes, factors = self.codes.reshape(rows, -1)[index], self.factors().reshape(rows, -1)[index]
         dense = nf4.dequantize_blocks(codes.reshape(-1), factors.reshape(-1), index.size * width, dtype)
         return dense.reshape(*index.shape, width)
+
+
+_DTYPES = (mx.uint8, mx.uint8, mx.float32, mx.float32)
+
+
+def sizes(n: int) -> tuple[int, int, int, int]:
+    """How many values each of PARTS has for `n` weights."""
+    blocks = -(-n // nf4.BLOCK)
+    return -(-n // 2), blocks, -(-blocks // nf4.SCALE_BLOCK), 1
+
+
+def stored(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors type of each of PARTS in a file: for a matrix, or a stack [E, O, I] part by part."""
+    experts = shape[:1] if len(shape) == 3 else ()
+    each = sizes(math.prod(shape[len(experts) :]))
+    names = [{mx.uint8: "U8", mx.float32: "F32"}[dtype] for dtype in _DTYPES]
+    return {part: ((*experts, size), dtype) for part, size, dtype in zip(NF4Tensor.PARTS, each, names, strict=True)}
 
 
 def quantize(w: mx.array) -> NF4Tensor:

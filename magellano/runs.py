@@ -1,10 +1,13 @@
 """Finding what was made before: RUN on the command line, and from one artifact to those that it was made from."""
 
-import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from magellano import lora
+from pydantic import ValidationError
+
+from magellano import durable, files, lora
 from magellano.artifacts import MANIFEST, Store, home
 from magellano.errors import InputError
 from magellano.names import Stage
@@ -14,13 +17,15 @@ from magellano.stages.checkpoint import PROFILE
 
 def input_folder(artifact: Path, stage: Stage) -> Path | None:
     """The artifact of `stage` that `artifact` was made from; None where its manifest names none or it is gone."""
-    try:
-        inputs = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))["inputs"]
-    except FileNotFoundError:
+    if not os.path.lexists(artifact / MANIFEST):
         return None
-    for ref in inputs.values():
+    inputs = files.read_json(artifact / MANIFEST, lora.REMEDY, durable.MANIFEST_BYTES).get("inputs")
+    for ref in inputs.values() if isinstance(inputs, dict) else ():
         if isinstance(ref, dict) and ref.get("stage") == stage:
-            folder = artifact.parent.parent / stage / str(ref["key"])
+            key = ref.get("key")
+            if not isinstance(key, str) or not re.fullmatch(r"[\w-]{1,64}", key, re.ASCII):
+                raise InputError(f"{artifact / MANIFEST}: inputs: {files.shown(key)} is no key; {lora.REMEDY}")
+            folder = artifact.parent.parent / stage / key
             return folder if folder.is_dir() else None
     return None
 
@@ -59,17 +64,18 @@ class Release:
         in_store = folder.parent == home() / "artifacts" / Stage.CHECKPOINT
         if in_store and Store(home()).find(Stage.CHECKPOINT, folder.name) is None:
             raise InputError(f"{folder}: this release is damaged and was set aside; run magellano train again")
+        if not (folder / PROFILE).exists():
+            raise InputError(f"{folder}: no {PROFILE}; not a release made here")
+        data = files.read_json(folder / PROFILE, lora.REMEDY)
         try:
-            text = (folder / PROFILE).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise InputError(f"{folder}: no {PROFILE}; not a release made here") from None
-        return cls(folder, Profile.model_validate_json(text))
+            return cls(folder, Profile.model_validate(data))
+        except ValidationError as e:
+            raise InputError(f"{folder / PROFILE}: not a profile of this version: {files.told(e)}") from None
 
     @property
     def base(self) -> Path:
         """The folder of the quantised base that its adapter names. InputError where it is not there."""
-        settings = json.loads((self.folder / lora.CONFIG).read_text(encoding="utf-8"))
-        base = (self.folder / settings["base_model_name_or_path"]).resolve()
+        base = lora.base_of(self.folder)
         if not base.is_dir():
             raise InputError(f"{self.folder}: its base {base} is not there; run magellano train {self.profile.name}")
         return base

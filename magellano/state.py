@@ -5,11 +5,10 @@ clock.
 import logging
 import shutil
 from dataclasses import dataclass
-from json import loads
 from pathlib import Path
 from typing import Any
 
-from magellano import durable
+from magellano import durable, files
 from magellano.backend import mx
 from magellano.errors import InputError
 from magellano.tensors import load_file
@@ -35,11 +34,11 @@ def save(
     folder: Path, step: int, parameters: dict[str, mx.array], optimizer: dict[str, mx.array], facts: dict[str, Any]
 ) -> None:
     """Write folder/step-N whole or not at all, then drop all but the last two."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    durable.private_folder(folder)
     final = folder / f"{PREFIX}{step:09d}"
     temporary = folder / f"{durable.TEMPORARY}{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(mode=0o700)
+    durable.private_folder(temporary)
     try:
         mx.save_safetensors(str(temporary / PARAMETERS), parameters)
         mx.save_safetensors(str(temporary / OPTIMIZER), optimizer)
@@ -61,9 +60,8 @@ def latest(folder: Path) -> Found | None:
             path.rename(aside)
             log.warning("checkpoint %s is damaged (%s): set aside as %s, taking the one before", path, why, aside.name)
             continue
-        facts = loads((path / SEAL).read_text(encoding="utf-8"))
-        if facts["schema"] != SCHEMA:
-            found = facts["schema"]
+        facts = files.read_json(path / SEAL, "remove the folder to start again", durable.MANIFEST_BYTES)
+        if (found := facts.get("schema")) != SCHEMA:
             raise InputError(
                 f"{path}: checkpoint schema {found}, this version reads {SCHEMA}; finish with the version that wrote it"
             )

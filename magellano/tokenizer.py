@@ -6,6 +6,7 @@ N-1. N = 50,257 gives GPT-2's own ids.
 
 import hashlib
 import json
+import os
 from base64 import b64decode
 from collections.abc import Sequence
 from functools import cache
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from magellano import files
 from magellano.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,22 +76,18 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """The tokenizer that `save` described in `folder`. Raises InputError where it is missing or another kind."""
         path = folder / FILE
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: no tokenizer here; give a folder that a stage has written") from None
-        except ValueError as e:
-            raise InputError(f"{path}: not valid JSON ({e}); write the folder again") from None
+        if not os.path.lexists(path):
+            raise InputError(f"{path}: no tokenizer here; give a folder that a stage has written")
+        facts = files.read_json(path, "write the folder again")
         wanted = {"schema": SCHEMA, "kind": _KIND, "ranks_sha256": RANKS_SHA256}
         for key, value in wanted.items():
-            found = facts.get(key) if isinstance(facts, dict) else None
+            found = facts.get(key)
             if found != value:
-                raise InputError(
-                    f"{path}: {key} is {found!r}, this version reads {value!r}; use the version that wrote it"
-                )
+                told = f"{key} is {files.shown(found)}, this version reads {value!r}"
+                raise InputError(f"{path}: {told}; use the version that wrote it")
         size = facts.get("vocab_size")
-        if not isinstance(size, int):
-            raise InputError(f"{path}: vocab_size is {size!r}, not a whole number; write the folder again")
+        if type(size) is not int:
+            raise InputError(f"{path}: vocab_size is {files.shown(size)}, not a whole number; write the folder again")
         return cls(size)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from magellano import activations, state
+from magellano import activations, durable, state
 from magellano.backend import compute_dtype, mx, tree_flatten, tree_unflatten
 from magellano.backprop import Backprop, Batch
 from magellano.data import shards
@@ -201,7 +201,7 @@ def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, An
 
     Raises Stopped after SIGTERM or SIGINT, with the state saved.
     """
-    work.mkdir(parents=True, exist_ok=True, mode=0o700)
+    durable.private_folder(work)
     c, resumed, metrics = trainer.config, trainer.resume(work), MetricsFile(work / METRICS)
     metrics.rewind(trainer.step)
     mx.reset_peak_memory()
@@ -243,6 +243,7 @@ class MetricsFile:
         """Keep the lines up to `step`."""
         kept = [line for line in self._lines() if line["step"] <= step] if self.path.is_file() else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.path.chmod(0o600)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         for text in self.path.read_text(encoding="utf-8").splitlines():

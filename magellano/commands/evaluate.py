@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from magellano import report
+    from magellano import durable, report
     from magellano.artifacts import home
     from magellano.runs import Release
 
@@ -31,13 +31,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from magellano.stages import evaluate
 
     out = args.out or home() / "evaluations" / release.folder.name
-    out.mkdir(parents=True, exist_ok=True)
+    durable.private_folder(out)
     with Console(stderr=True).status("evaluating") as status:
 
         def progress(done: int, total: int, **facts: float | str) -> None:
             status.update(f"evaluating the {facts['model']} model: {done} of {total} rows")
 
         evaluate.run(out, release.profile, release.folder, tokens, base, progress)
+    if args.out is None:
+        durable.private_files(out)
     evaluation = json.loads((out / report.EVALUATION_JSON).read_text(encoding="utf-8"))
     return {**evaluation, "release": str(release.folder), "out": str(out)}
 

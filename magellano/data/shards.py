@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
+from magellano import headers
 from magellano.errors import InputError
 
 FACTS, SCHEMA = "tokens.json", 1
+_AGAIN = "run the tokenize stage again"
 _DTYPES = {"tokens": np.uint16, "targets": np.uint16, "weights": np.uint8, "reset": np.uint8}
 
 
@@ -98,7 +100,7 @@ class Shards:
         self.seq_len: int = self.facts["seq_len"]
         self.vocab_size: int = self.facts["vocab_size"]
         self.rows: int = self.facts["rows"].get(split, 0)
-        self._shards = [_open(path) for path in sorted(folder.glob(f"{split}-*.safetensors"))]
+        self._shards = [_open(path, self.seq_len) for path in sorted(folder.glob(f"{split}-*.safetensors"))]
         sizes = [self._rows_of(shard) for shard in self._shards]
         self._ends = np.cumsum(sizes)
         if sum(sizes) != self.rows or self.rows == 0:
@@ -123,16 +125,19 @@ class Shards:
         return shard, row - (int(self._ends[shard - 1]) if shard else 0)
 
     def _rows_of(self, shard: Any) -> int:
-        shapes = {name: shard.get_slice(name).get_shape() for name in _DTYPES}
-        assert all(shape == [shapes["tokens"][0], self.seq_len] for shape in shapes.values()), shapes
-        return int(shapes["tokens"][0])
+        return int(shard.get_slice("tokens").get_shape()[0])
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as e:
-        raise InputError(f"{path}: damaged ({e}); run the tokenize stage again") from None
+def _open(path: Path, seq_len: int) -> Any:
+    def check(header: headers.Header) -> None:
+        found = {name: (entry.dtype, entry.shape) for name, entry in header.items()}
+        rows = next(iter(header.values())).shape[:1] if header else ()
+        wanted = {name: (f"U{8 * np.dtype(dtype).itemsize}", (*rows, seq_len)) for name, dtype in _DTYPES.items()}
+        if found != wanted:
+            raise InputError(f"{path}: not rows of {seq_len} tokens as {FACTS} says; {_AGAIN}")
+
+    with headers.checked(path, check, _AGAIN) as (same, _):
+        return safe_open(same, framework="numpy")
 
 
 def indices(first: int, count: int, rows: int, seed: int) -> np.ndarray:
