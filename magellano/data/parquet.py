@@ -15,6 +15,8 @@ from magellano.data.parse import Numbered
 from magellano.data.sources import Source
 from magellano.errors import InputError
 
+_DELTA = "DELTA_BYTE_ARRAY"
+
 
 def rows(source: Source, wanted: tuple[str, ...]) -> Numbered:
     """The wanted columns that the file has, row by row with their size in bytes; a file without any gives its first
@@ -99,7 +101,12 @@ def _batches(source: Source, columns: list[str]) -> Iterator[tuple[int, Any, np.
 
     metadata = pq.ParquetFile(source.path).metadata
     leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
-    texts = [x.path for x in leaves if x.physical_type == "BYTE_ARRAY" and x.path.split(".")[0] in columns]
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    texts = [  # delta-encoded text cannot become a dictionary
+        leaf.path
+        for i, leaf in enumerate(leaves)
+        if leaf.physical_type == "BYTE_ARRAY" and not any(_DELTA in group.column(i).encodings for group in groups)
+    ]
     file = pq.ParquetFile(source.path, read_dictionary=texts, buffer_size=limits.MIB, pre_buffer=False)
     first = 1
     for group in range(metadata.num_row_groups):
@@ -121,7 +128,7 @@ def _batch_rows(group: Any, columns: list[str]) -> int:
     """Rows to read at once: fewer where values are delta-encoded, since each may repeat all of the one before."""
     count = limits.CHUNK_ROWS
     for column in (group.column(i) for i in range(group.num_columns)):
-        if column.path_in_schema.split(".")[0] in columns and "DELTA_BYTE_ARRAY" in column.encodings:
+        if column.path_in_schema.split(".")[0] in columns and _DELTA in column.encodings:
             count = min(count, max(1, limits.PARQUET_FLOOR // max(1, column.total_uncompressed_size)))
     return count
 

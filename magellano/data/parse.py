@@ -26,7 +26,7 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16, not UTF-8; save the file as UTF-8",
     b"\xfe\xff": "UTF-16, not UTF-8; save the file as UTF-8",
 }
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # an open one reaches to the end: linear
 _CLOSES, _SEPARATES = (ord("]"), ord("}")), ord(",")
 
 
@@ -52,10 +52,11 @@ def rows(source: Source) -> Numbered:
 def _lines(file: BinaryIO, source: Source) -> Iterator[tuple[int, bytes, str]]:
     """Numbered lines, as bytes and as text, none longer than a row may be."""
     number, offset = 0, file.tell()
+    unit = "line" if source.kind is Kind.CSV else "row"
     while line := file.readline(limits.ROW_BYTES + 1):
         number += 1
         if len(line) > limits.ROW_BYTES:
-            raise _too_long(f"{source.label}: row {number}: the line", "cut it into several rows or remove it")
+            raise _too_long(f"{source.label}: {unit} {number}: the line", "cut it into several rows or remove it")
         yield number, line, _decode(line, source, offset, number)
         offset += len(line)
 
