@@ -1,4 +1,4 @@
-"""The `datasets` package with the network shut, and the hub for the one case where a profile opens it."""
+"""Data sets of the Hugging Face hub, by the `datasets` package: the one case in which a profile opens the network."""
 
 import logging
 import os
@@ -12,25 +12,14 @@ from magellano.profile import DataConfig
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def network(allowed: bool) -> Iterator[Any]:
-    """The `datasets` package with the hub allowed or not: importing it and loading local files must ask no host."""
-    before = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
-    if not allowed:
-        os.environ.update(dict.fromkeys(before, "1"))
-    try:
-        import datasets
-        import huggingface_hub.constants
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-    # The two read the environment once, at import: an earlier import may have decided otherwise.
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = not allowed
+def network() -> Any:
+    """The `datasets` package with the hub allowed: an earlier import may have read otherwise from the environment."""
+    import datasets
+    import huggingface_hub.constants
+
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = False
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as errors reaches the user as InputError
-    yield datasets
+    return datasets
 
 
 @contextmanager
@@ -41,18 +30,16 @@ def _errors(name: str) -> Iterator[Any]:
         for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     ):
         raise InputError(f"hub data set {name!r}: HF_HUB_OFFLINE forbids the network; unset it or give data.files")
-    with network(allowed=True) as datasets:
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    datasets = network()
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-        try:
-            yield datasets
-        except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as e:
-            if isinstance(e, InputError):
-                raise
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise InputError(
-                f"hub data set {name!r}: cannot be read ({reason}); check name, split and network"
-            ) from None
+    try:
+        yield datasets
+    except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(f"hub data set {name!r}: cannot be read ({reason}); check name, split and network") from None
 
 
 def revision(name: str) -> str:

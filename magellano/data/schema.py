@@ -6,6 +6,7 @@ from enum import StrEnum
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from magellano.data import limits
 from magellano.data.formats import COLUMNS, Role
 from magellano.names import DataFormat
 
@@ -20,6 +21,8 @@ class Reason(StrEnum):
     NOT_TEXT = "is not text"
     EMPTY = "is empty or blank"
     NUL = "holds a NUL character"
+    LONG = f"is longer than {limits.ROW_BYTES // limits.MIB} MiB"
+    BLANKS = f"has a run of more than {limits.BLANK_RUN} blank characters, which the tokenizer cannot split"
     SURROGATE = "holds half a surrogate pair, which is no character"
     NOT_MESSAGES = "is not a list of messages with role and content"
     ROLE = f"has a role other than {', '.join(Role)}"
@@ -57,10 +60,12 @@ def text_fault(value: Any, blank: bool = False) -> Reason | None:
     if "\0" in value:
         return Reason.NUL
     try:
-        value.encode("utf-8")
+        size = len(value.encode("utf-8"))
     except UnicodeEncodeError:
         return Reason.SURROGATE
-    return None
+    if size > limits.ROW_BYTES:
+        return Reason.LONG
+    return Reason.BLANKS if limits.blank_run(value) else None
 
 
 def messages_fault(value: Any) -> Reason | None:
@@ -85,12 +90,12 @@ def _message_fault(message: Any) -> Reason | None:
 
 
 _FAULTS: dict[str, tuple[Callable[[Any], Reason | None], tuple[Reason, ...]]] = {
-    "text": (text_fault, (Reason.NOT_TEXT, Reason.EMPTY, Reason.NUL, Reason.SURROGATE)),
+    "text": (text_fault, (Reason.NOT_TEXT, Reason.EMPTY, Reason.NUL, Reason.SURROGATE, Reason.LONG, Reason.BLANKS)),
     "messages": (
         messages_fault,
         (
             Reason.NOT_MESSAGES, Reason.ROLE, Reason.FIELDS, Reason.CONTENT, Reason.EMPTY, Reason.NUL, Reason.SURROGATE,
-            Reason.NO_ANSWER,
+            Reason.LONG, Reason.BLANKS, Reason.NO_ANSWER,
         ),
     ),
 }  # fmt: skip
