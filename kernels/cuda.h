@@ -19,6 +19,7 @@ typedef __nv_bfloat16 bfloat16_t;
 #define LANES_MAX(a)
 #define REGS _Pragma("unroll")
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 #define TGBARRIER __syncthreads()
 #define SIMD_XOR(v, o) __shfl_xor_sync(0xffffffffu, v, o)
 #define SIMD_SUM(v) k_simd_sum(v)

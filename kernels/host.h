@@ -18,6 +18,7 @@ struct uint3 { uint x, y, z; };
 #define LANES_SUM2(a, b) _Pragma(K_STRING(omp simd reduction(+ : a, b)))
 #define LANES_MAX(a) _Pragma(K_STRING(omp simd reduction(max : a)))
 #define REGS
+#define ROLLED
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else

@@ -9,6 +9,7 @@
 #define LANES_MAX(a)
 #define REGS _Pragma("clang loop unroll(full)")
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define ROLLED _Pragma("clang loop unroll(disable)")
 #define TGBARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define SIMD_XOR(v, o) metal::simd_shuffle_xor(v, ushort(o))
 #define SIMD_SUM(v) metal::simd_sum(v)

@@ -18,7 +18,7 @@
   if (ONE_MAX) {
     REGS for (int o = 0; o < OUTS; ++o) row_max[o] = scale_absmax[e * Q + (first + o < O ? first + o : O - 1) / (16384 / (ONE_MAX ? I : 16384))];
   }
-  for (int start = 0; start < RUNS; start += STRIDE) {
+  ROLLED for (int start = 0; start < RUNS; start += STRIDE) {  // unrolled it would take the registers of half the threads
     uint words[OUTS][AT_ONCE][RUN], scale_code[OUTS][AT_ONCE];
     float absmax[OUTS][AT_ONCE];
     PACK(T, PX) packs[ROWS][AT_ONCE][PACKS];

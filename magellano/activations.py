@@ -16,17 +16,23 @@ _FLOAT32 = 4
 
 
 def recomputes(model: MagellanoLM, config: TrainConfig, rows: int, limit_gib: float = 0.0) -> bool:
-    """What config.recompute means for this model and `rows` rows at once. "auto" on a CPU: False where the run with all
-    activations kept takes at most SHARE of the machine's memory and no more than `limit_gib`, if there is one. The same
-    on every start on one machine, so that a resumed run repeats the bits.
+    """What config.recompute means for this model and `rows` rows at once (see `decided`)."""
+    return decided(
+        config.recompute, held(model) + kept(model.config, rows, compute_dtype(config.compute).size), limit_gib
+    )
+
+
+def decided(recompute: Recompute, needed: int, limit_gib: float) -> bool:
+    """Whether layers are made again where `needed` bytes would keep all activations. "auto" on a CPU: False where these
+    are at most SHARE of the machine's memory and no more than `limit_gib`, if there is one. The same on every start on
+    one machine, so that a resumed run repeats the bits.
     """
-    if config.recompute is not Recompute.AUTO:
-        return config.recompute is Recompute.ALWAYS
+    if recompute is not Recompute.AUTO:
+        return recompute is Recompute.ALWAYS
     memory = memory_bytes()
     if on_gpu() or memory is None:
         return True
-    most = min(SHARE * memory, limit_gib * (1 << 30) or float("inf"))
-    return held(model) + kept(model, rows, compute_dtype(config.compute).size) > most
+    return needed > min(SHARE * memory, limit_gib * (1 << 30) or float("inf"))
 
 
 def held(model: MagellanoLM) -> int:
@@ -42,11 +48,11 @@ def _quantized(module: nn.Module) -> int:
     return sum(weight.nbytes for weight in found if weight is not None)
 
 
-def kept(model: MagellanoLM, rows: int, width: int) -> int:
+def kept(config: ModelConfig, rows: int, width: int) -> int:
     """Bytes of all layers' activations at `width` bytes a value: each value with its gradient, since MLX keeps both
     while a gradient is being made. On a CPU 0.98 to 1.15 times what was measured in the demo and phase1.
     """
-    return 2 * width * rows * sum(_values(model.config, layer.kind) for layer in model.backbone.layers)
+    return 2 * width * rows * sum(_values(config, config.kind(layer)) for layer in range(config.n_layers))
 
 
 def _values(c: ModelConfig, kind: LayerKind) -> int:

@@ -7,7 +7,7 @@ On a Linux CPU three things decide the speed, all measured:
   a CPU computes in float32.
 - glibc hands blocks over 32 MB back to the system, so each large array page-faults anew. Two `mallopt` calls keep them.
 - MKL and our host kernels must share one OpenMP runtime, GNU's, or their threads fight over the cores.
-On macOS none of this applies: MLX brings Accelerate and Metal.
+On macOS none of this applies: MLX brings Accelerate and Metal. On an NVIDIA GPU launches go out one by one.
 """
 
 import ctypes
@@ -16,11 +16,16 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from magellano.info import memory_bytes
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_DEVICE_SHARE = 0.95  # of its memory that MLX may take: MLX refuses to be given all
 _NO_BLAS = "no fast BLAS found: float32 matrix products run about 30 times slower; install `mkl` (x86-64) or OpenBLAS"
 
 
@@ -58,7 +63,15 @@ def _keep_large_blocks() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _launch_directly() -> None:
+    """MLX's CUDA build gathers launches in graphs, whose making takes the host longer than the launches themselves: a
+    step of production3b was bound by it. $MLX_USE_CUDA_GRAPHS decides otherwise.
+    """
+    os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+
+
 _keep_large_blocks()
+_launch_directly()
 BLAS = _load_blas()
 
 import mlx.core as mx  # noqa: E402
@@ -70,6 +83,8 @@ __all__ = [
     "Blas",
     "compute_dtype",
     "describe",
+    "device_memory",
+    "hold_memory",
     "mx",
     "nn",
     "on_gpu",
@@ -92,6 +107,35 @@ def compute_dtype(name: str) -> mx.Dtype:
     if name not in table:
         raise ValueError(f"unknown compute dtype {name!r}: one of auto, {', '.join(table)}")
     return table[name]
+
+
+def device_memory() -> int | None:
+    """Bytes that arrays can have on the default device: the GPU's own, or what it shares; None where it is not told."""
+    if not on_gpu():
+        return memory_bytes()
+    facts = mx.device_info()
+    for key in ("total_memory", "max_recommended_working_set_size", "memory_size"):  # CUDA's name; Metal's two
+        if int(facts.get(key, 0)) > 0:
+            return int(facts[key])
+    return memory_bytes()
+
+
+@contextmanager
+def hold_memory(limit: int) -> Iterator[int]:
+    """Inside the `with` MLX keeps to about `limit` bytes, and to 95 % of the device's; gives what is set.
+
+    Launches run ahead of what is freed: unheld, a step on a GPU needs several times its plan. Over the limit MLX waits
+    for running work before it allocates, and its cache of freed blocks counts towards it. It is no hard limit: with
+    nothing to wait for MLX allocates beyond it.
+    """
+    available = device_memory()
+    held = limit if available is None else min(limit, int(_DEVICE_SHARE * available))
+    before = mx.set_memory_limit(held), mx.set_cache_limit(held)
+    try:
+        yield held
+    finally:
+        mx.set_memory_limit(before[0])
+        mx.set_cache_limit(before[1])
 
 
 def describe() -> dict[str, str]:

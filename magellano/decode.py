@@ -199,7 +199,7 @@ def flat(state: State) -> list[mx.array]:
     return [array for layer in state if layer is not None for array in layer]
 
 
-def folded(arrays: Sequence[mx.array], like: State) -> State:
-    """The state of `flat` arrays, its layers as in `like`."""
+def folded(arrays: Sequence[mx.array], like: Sequence[object]) -> State:
+    """The state of `flat` arrays; None for the layers that are None in `like`."""
     left = iter(arrays)
     return [None if layer is None else MambaState(next(left), next(left)) for layer in like]

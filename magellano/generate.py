@@ -96,9 +96,10 @@ class Stream:
         if not self.ahead:
             return Made(*self._step(made.token_P[:batch], made.key, state))
         if batch not in self._compiled:
+            like = [None if layer is None else True for layer in state]  # and not the state, which would stay
 
             def call(token_P: mx.array, key: mx.array, *arrays: mx.array) -> list[mx.array]:
-                token_P, after, key = self._step(token_P[:batch], key, folded(arrays, state))
+                token_P, after, key = self._step(token_P[:batch], key, folded(arrays, like))
                 return [token_P, key, *flat(after)]
 
             self._compiled[batch] = mx.compile(call)

@@ -14,6 +14,7 @@ from magellano.names import LayerKind, LoraTarget
 from magellano.profile import LoraConfig, ModelConfig
 
 EMBEDDING = "backbone.embeddings.weight"
+SMALL_WEIGHT = 1 << 18  # values up to which training keeps an NF4 projection dense beside its codes
 
 
 class Init(StrEnum):

@@ -7,6 +7,7 @@ Shapes: I in, O out, r rank, E experts, M rows, V vocabulary, D d_model.
 """
 
 from magellano.backend import mx, nn
+from magellano.layout import SMALL_WEIGHT
 from magellano.nf4 import NF4Stack, NF4Tensor
 from magellano.ops import nf4_matmul
 from magellano.ops.add_rows import add_rows
@@ -14,7 +15,6 @@ from magellano.ops.experts import Layer
 from magellano.ops.lora import adapted_matmul
 
 Weight = mx.array | NF4Tensor | NF4Stack
-_FEW = 1 << 18  # values of a weight that may be kept dense
 
 
 def array(weight: Weight) -> mx.array:
@@ -66,7 +66,7 @@ class Projection(Adapted):
         every use costs as much as a product.
         """
         base = self.base
-        if isinstance(base, NF4Tensor) and base.size <= _FEW:
+        if isinstance(base, NF4Tensor) and base.size <= SMALL_WEIGHT:
             self._dense = base.dequantize(dtype)
             mx.eval(self._dense)
 

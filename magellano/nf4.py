@@ -9,7 +9,7 @@ from typing import ClassVar
 from magellano.backend import mx
 from magellano.ops import nf4
 
-_SLICE_VALUES = 1 << 24  # values dequantised at a time where a caller works slice by slice
+SLICE_VALUES = 1 << 24  # values dequantised at a time where a caller works slice by slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class NF4Tensor:
     def slices(self, dtype: mx.Dtype = mx.float32) -> Iterator[tuple[int, int, mx.array]]:
         """(first row, last row + 1, dense rows) over a matrix, some 16 M weights at a time: never dense as a whole."""
         rows, width = self.shape
-        step = max(nf4.BLOCK, _SLICE_VALUES // width // nf4.BLOCK * nf4.BLOCK)  # whole blocks, whatever the width
+        step = max(nf4.BLOCK, SLICE_VALUES // width // nf4.BLOCK * nf4.BLOCK)  # whole blocks, whatever the width
         factors = self.factors()
         for first in range(0, rows, step):
             last = min(first + step, rows)

@@ -17,7 +17,9 @@ from magellano.ops.many import add_squares, join, no_squares
 
 STEP = "step"
 PARTS = ("m", "s", "peak")
-_SMALL_ON_GPU, _SMALL_ON_CPU = 1 << 20, 1 << 18  # elements; smaller tensors step together
+SMALL_ON_GPU, SMALL_ON_CPU = 1 << 20, 1 << 18  # elements; smaller tensors step together
+JOINED = 1 << 23  # elements that step together at most: their new values exist beside the old
+_AHEAD = 4  # groups of tensors that a GPU has under way at most
 _WINDOW = 64  # steps whose numbers are made and uploaded at once
 
 
@@ -59,8 +61,8 @@ class AdamW:
     `learning_rate` is a number or a function of the step, from 0, which is asked for up to 64 steps ahead: on a GPU a
     step must upload nothing, for that costs more than the step. It may be set anew at any time.
 
-    `decays(name)` says which parameters weight decay touches; by default all. Small parameters of one kind step as one
-    flat tensor: a launch costs more than they do. The stochastic rounding of float16 states depends on the seed, the
+    `decays(name)` says which parameters weight decay touches; by default all. Small parameters of one kind step as few
+    flat tensors: a launch costs more than they do. The stochastic rounding of float16 states depends on the seed, the
     step, and which parameters step together.
 
     `state` is one flat dict: "step", and for each parameter NAME.m, NAME.s and, with AMSGrad, NAME.peak; it can be set
@@ -144,19 +146,58 @@ class AdamW:
         every gradient on the way in; an array, such as `gradient_factor` makes, is never waited for. Where it is not
         finite, parameters and states stay as they are; whoever learns of that later says `take_back`.
         """
-        current, grads = dict(_flat(parameters)), dict(_flat(gradients))
+        new = self._stepped(dict(_flat(parameters)), dict(_flat(gradients)), learning_rate, factor)
+        leaves = iter([new[name] for name, _ in _flat(gradients)])
+        return tree_map(lambda _: next(leaves), gradients)
+
+    def consume(
+        self,
+        model: nn.Module,
+        gradients: dict[str, mx.array],
+        learning_rate: float | mx.array | None = None,
+        factor: float | mx.array = 1.0,
+    ) -> None:
+        """`update` by gradients by name, in a dict that is emptied: each goes once its step is taken, and so does the
+        parameter's old value, so that the new ones take their place in memory.
+        """
+        current = dict(_flat(model.trainable_parameters()))
+        self._stepped(current, gradients, learning_rate, factor, model)
+
+    def _stepped(
+        self,
+        current: dict[str, mx.array],
+        grads: dict[str, mx.array],
+        learning_rate: float | mx.array | None,
+        factor: float | mx.array,
+        model: nn.Module | None = None,
+    ) -> dict[str, mx.array]:
+        """The new parameters by name; empties `grads`. With `model` they go there, one after the other, `current` is
+        emptied too, and a GPU has only a few under way.
+        """
         self._arrange(current, grads)
         self._step += 1
         now, times = self._now(learning_rate), op.factor_numbers(factor)
         new: dict[str, mx.array] = {}
+        running: list[mx.array] = []
         for group in self._groups:
-            w, g = group.weights(current), join([grads[name] for name in group.names])
+            w, g = group.weights(current), join([grads.pop(name) for name in group.names])
             w, group.moments = adamw(w, g, group.moments, Numbers(now, group.own, times), in_place=self._alone)
             group.flat, group.given = w, _cut(w, group.shapes)
-            new.update(zip(group.names, group.given, strict=True))
+            made = dict(zip(group.names, group.given, strict=True))
+            if model is None:
+                new.update(made)
+            else:
+                model.update(tree_unflatten(list(made.items())))
+                for name in group.names:
+                    del current[name]
+            del w, g, made
+            if model is not None and on_gpu():
+                mx.async_eval(group.flat, group.moments.m, group.moments.s)
+                running.append(group.flat)
+                if len(running) > _AHEAD:
+                    mx.eval(running.pop(0))
         self._alone = True
-        leaves = iter([new[name] for name in grads])
-        return tree_map(lambda _: next(leaves), gradients)
+        return new
 
     def take_back(self) -> None:
         """Do not count the last step, whose factor was not finite."""
@@ -186,14 +227,18 @@ class AdamW:
             return
         self._settings = settings
         self.init(tree_unflatten([(name, current[name]) for name in grads if not self._known(name)]))
-        small: dict[Any, list[str]] = {}
+        small: dict[Any, list[list[str]]] = {}
         groups, self._alone = [], False  # the states may be someone's arrays
         for name, _, *dtypes in kinds:
-            if current[name].size < (_SMALL_ON_GPU if on_gpu() else _SMALL_ON_CPU):
-                small.setdefault((self.decays(name), *dtypes), []).append(name)
+            if current[name].size < (SMALL_ON_GPU if on_gpu() else SMALL_ON_CPU):
+                joined = small.setdefault((self.decays(name), *dtypes), [[]])
+                if joined[-1] and sum(current[n].size for n in (*joined[-1], name)) > JOINED:
+                    joined.append([])
+                joined[-1].append(name)
             else:
                 groups.append([name])
-        self._groups, self._kinds = [self._group(names, current) for names in [*small.values(), *groups]], kinds
+        names = [*itertools.chain(*small.values()), *groups]
+        self._groups, self._kinds = [self._group(group, current) for group in names], kinds
 
     def _known(self, name: str) -> bool:
         return f"{name}.m" in self._loose or any(name in group.names for group in self._groups)

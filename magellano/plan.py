@@ -1,27 +1,42 @@
 """What a fine-tune will need, from shapes alone: nothing is allocated.
 
-Estimates, to be held against the measured peak in the run's report. Bytes unless said otherwise.
-Shapes: B batch, T time, D d_model, I d_inner, N d_state, R dt_rank, F d_ff, V vocabulary.
+A step's peak is not the sum of all it ever holds. Early in the backward pass all layers' inputs are still kept and few
+gradients are there, late it is the other way round, the loss has neither gradients nor a layer's intermediates, and the
+optimiser has all gradients and new values but no activations. So each of these moments is counted (see moments.py), and
+the plan is the largest. Held against MLX's own counter by tests/test_plan.py. Bytes unless said otherwise.
 """
 
+import bisect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from magellano import activations, moments
 from magellano.layout import ParamSpec, count, lora_count, lora_shapes, parameters
-from magellano.names import Compute, LayerKind, LoraTarget, StateDtype
+from magellano.moments import FLOAT32, Parts, Sizes
+from magellano.names import LayerKind, Recompute
 from magellano.ops.nf4 import BLOCK, SCALE_BLOCK
-from magellano.profile import ModelConfig, Profile
+from magellano.profile import Profile
 
-FLOAT32, FLOAT16 = 4, 2
+GIB = 1 << 30
+LENGTHS, MOST = 64, 1 << 20  # tokens: the steps of lengths that are tried, and where trying ends
+SMALLEST_CHUNK = 64  # rows of the loss: below, its products are no longer efficient
+
+GRADIENTS, KEPT, KEPT_ALL = "gradients", "layer inputs kept", "activations kept"
+_TEMPORARY = (GRADIENTS, KEPT, KEPT_ALL, moments.LAYER, moments.LOSS, moments.DENSE, moments.STEP)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory by part in bytes, and the arithmetic of one optimiser step."""
+    """Memory by part in bytes at the worst `moment` of a step, the total at the other moments, and the arithmetic of
+    one optimiser step.
+    """
 
     parameters: int
     trainable: int
-    memory: dict[str, int]
+    memory: Parts
+    moment: str
+    moments: dict[str, int]
     tokens_per_step: int
     flops_per_step: int
 
@@ -35,73 +50,118 @@ class Plan:
         return self.trainable / self.parameters
 
 
-def fine_tune(profile: Profile, wide_compute: bool) -> Plan:
-    """The plan of the train stage. `wide_compute`: whether compute = "auto" means float32 here (a CPU) or 16 bits."""
-    specs = parameters(profile.model)
-    quantized = [s for s in specs if _quantizes(profile, s)]
-    trainable = lora_count(profile.model, profile.lora)
-    narrow = profile.train.compute in (Compute.FLOAT16, Compute.BFLOAT16) or (
-        profile.train.compute is Compute.AUTO and not wide_compute
+def fine_tune(profile: Profile, gpu: bool) -> Plan:
+    """The plan of the train stage on a CPU or a GPU; on a CPU with activations kept where this machine's memory and the
+    profile allow it.
+    """
+    s = Sizes(profile, gpu)
+    held = _held(s)
+    found = {name: {**held, **dict.fromkeys(_TEMPORARY, 0), **more} for name, more in _whole_or_layers(s, held)}
+    totals = {name: sum(parts.values()) for name, parts in found.items()}
+    worst = max(totals, key=lambda name: totals[name])
+    tokens = s.rows * profile.train.accumulate
+    flops = flops_per_token(profile) * tokens
+    return Plan(
+        count(profile.model), lora_count(profile.model, profile.lora), found[worst], worst, totals, tokens, flops
     )
-    width = FLOAT16 if narrow else FLOAT32
-    state = FLOAT32 if profile.train.state is StateDtype.FLOAT32 else FLOAT16
-    memory = {
-        "weights in 4 bits": sum(-(-s.size // 2) for s in quantized),
-        "their scales": sum(_scale_bytes(s) for s in quantized),
-        "other weights": FLOAT32 * sum(s.size for s in specs if s not in quantized),
-        "adapters": FLOAT32 * trainable,
-        "gradients": FLOAT32 * trainable,
-        "optimiser": 2 * state * trainable,
-        "layer inputs kept": _kept(profile, width),
-        "largest layer, recomputed": max(_layer(profile, kind, width) for kind in _kinds(profile.model)),
-        "logits of one chunk": 3 * FLOAT32 * min(profile.train.loss_chunk, _rows(profile)) * profile.model.vocab_size,
-        "largest weight, dequantised": width * max((_matrix(s) for s in quantized), default=0),
+
+
+def fit(profile: Profile, gpu: bool, limit: int) -> Profile:
+    """`profile` with the largest train.loss_chunk, its own or half and half again, with which it is planned within
+    `limit` bytes; as it is where that is not to be had.
+    """
+    chunk = profile.train.loss_chunk
+    while chunk >= min(SMALLEST_CHUNK, profile.train.loss_chunk):
+        smaller = profile.model_copy(update={"train": profile.train.model_copy(update={"loss_chunk": chunk})})
+        if fine_tune(smaller, gpu).total <= limit:
+            return smaller
+        chunk //= 2
+    return profile
+
+
+def resized(profile: Profile, batch: int, seq_len: int) -> Profile:
+    """`profile` at another batch and length."""
+    train = profile.train.model_copy(update={"batch": batch})
+    data = profile.data.model_copy(update={"seq_len": seq_len})
+    return profile.model_copy(update={"train": train, "data": data})
+
+
+def largest(profile: Profile, gpu: bool, limit: int) -> dict[str, int]:
+    """The largest batch of the profile's length, and the longest row of batch 1 in steps of LENGTHS tokens, planned
+    within `limit` bytes, of those up to MOST; 0: none. Layers are made again, as the largest runs must.
+    """
+    train = profile.train.model_copy(update={"recompute": Recompute.ALWAYS})
+    profile = profile.model_copy(update={"train": train})
+
+    def fits(batch: int, seq_len: int) -> bool:
+        return fine_tune(resized(profile, batch, seq_len), gpu).total <= limit
+
+    length = profile.data.seq_len
+    return {
+        "batch": bisect.bisect(range(1, MOST // length + 1), 0, key=lambda batch: not fits(batch, length)),
+        "seq_len": LENGTHS * bisect.bisect(range(1, MOST // LENGTHS + 1), 0, key=lambda n: not fits(1, n * LENGTHS)),
     }
-    tokens = _rows(profile) * profile.train.accumulate
-    return Plan(count(profile.model), trainable, memory, tokens, _flops_per_token(profile) * tokens)
 
 
-def _quantizes(profile: Profile, spec: ParamSpec) -> bool:
-    return spec.target is not None and (spec.target is not LoraTarget.HEAD or profile.quantize.embedding)
+def _held(s: Sizes) -> Parts:
+    """What stays in memory from step to step."""
+    specs = parameters(s.profile.model)
+    quantized = [spec for spec in specs if s.quantizes(spec)]
+    trainable = sum(s.adapters)
+    return {
+        "weights in 4 bits": sum(-(-spec.size // 2) for spec in quantized),
+        "their scales": sum(_scale_bytes(spec) for spec in quantized),
+        "other weights": FLOAT32 * sum(spec.size for spec in specs if not s.quantizes(spec)),
+        "small weights, dense too": s.width * sum(spec.size for spec in quantized if s.kept_dense(spec)),
+        "adapters": FLOAT32 * trainable,
+        "optimiser": 2 * s.state * trainable,
+    }
+
+
+def _whole_or_layers(s: Sizes, held: Parts) -> Iterator[tuple[str, Parts]]:
+    kept = activations.kept(s.profile.model, s.rows, s.width)
+    trainable = FLOAT32 * sum(s.adapters)
+    needed = sum(held.values()) - 2 * s.state * sum(s.adapters) + 2 * trainable + kept
+    if s.gpu or activations.decided(s.profile.train.recompute, needed, s.profile.memory.limit_gib):
+        yield from _moments(s)
+        return
+    sums = trainable if s.profile.train.accumulate > 1 else 0
+    yield "gradient of the whole model", {GRADIENTS: sums + trainable, KEPT_ALL: kept}
+    yield "loss", {GRADIENTS: sums, KEPT_ALL: kept // 2, **moments.loss(s)}
+    if sums:
+        yield "sum of the gradients", {GRADIENTS: trainable + 2 * sums}
+    yield "optimiser", {GRADIENTS: moments.gradient_width(s) * sum(s.adapters), **moments.optimiser(s)}
+
+
+def _moments(s: Sizes) -> Iterator[tuple[str, Parts]]:
+    """Each moment of a step with what it holds beside the above. The gradient of the head's adapter is there first,
+    layers give theirs from the last to the first.
+    """
+    m, accumulates = s.profile.model, s.profile.train.accumulate > 1
+    one = s.width * s.rows * m.d_model  # a layer's input
+    sums = FLOAT32 * sum(s.adapters) if accumulates else 0
+    done = s.width * sum(s.adapter(parameters(m)[0]))
+    for layer in range(m.n_layers):
+        more = {GRADIENTS: sums, KEPT: (layer + 1) * one}
+        yield f"forward of layer {layer} ({m.kind(layer)})", {**more, **moments.forward(s, layer)}
+    yield "loss", {GRADIENTS: sums, KEPT: (m.n_layers + 1) * one, **moments.loss(s)}
+    for layer in reversed(range(m.n_layers)):
+        more = {GRADIENTS: sums + done, KEPT: (layer + 2) * one}  # with the gradient that comes down
+        yield f"backward of layer {layer} ({m.kind(layer)})", {**more, **moments.backward(s, layer)}
+        done += s.width * sum(s.layer_adapters(layer))
+    if accumulates:
+        yield "sum of the gradients", {GRADIENTS: done + 2 * sums}
+    yield "optimiser", {GRADIENTS: moments.gradient_width(s) * sum(s.adapters), **moments.optimiser(s)}
 
 
 def _scale_bytes(spec: ParamSpec) -> int:
     """8 bits a block, float32 a block of blocks, one offset per matrix (per expert in a stack)."""
-    experts = spec.size // _matrix(spec)
-    blocks = -(-_matrix(spec) // BLOCK)
-    return experts * (blocks + FLOAT32 * (-(-blocks // SCALE_BLOCK)) + FLOAT32)
+    matrix = spec.shape[-1] * spec.shape[-2]
+    blocks = -(-matrix // BLOCK)
+    return spec.size // matrix * (blocks + FLOAT32 * (-(-blocks // SCALE_BLOCK)) + FLOAT32)
 
 
-def _matrix(spec: ParamSpec) -> int:
-    return spec.shape[-1] * spec.shape[-2]
-
-
-def _rows(profile: Profile) -> int:
-    return profile.train.batch * profile.data.seq_len
-
-
-def _kinds(model: ModelConfig) -> set[LayerKind]:
-    return {model.kind(layer) for layer in range(model.n_layers)}
-
-
-def _kept(profile: Profile, width: int) -> int:
-    """Gradient checkpointing keeps each layer's input [B, T, D] and nothing else."""
-    return (profile.model.n_layers + 1) * _rows(profile) * profile.model.d_model * width
-
-
-def _layer(profile: Profile, kind: LayerKind, width: int) -> int:
-    """Activations of one layer while its backward pass runs, each value with its gradient."""
-    m, rows = profile.model, _rows(profile)
-    if kind is LayerKind.MAMBA:
-        # x and z, after the convolution, dt, y, gated y; and b, c, dt before its projection
-        values = rows * (6 * m.d_inner + 2 * m.d_state + m.dt_rank + 2 * m.d_model)
-    else:
-        # per copy of a token: gathered input, hidden before and after relu, output
-        values = rows * (m.top_k * (2 * m.d_ff + 2 * m.d_model) + 2 * m.d_model)
-    return 2 * width * values
-
-
-def _flops_per_token(profile: Profile) -> int:
+def flops_per_token(profile: Profile) -> int:
     """Forward, recomputation and the gradient to activations, 2 operations a weight each; adapters add their own."""
     m = profile.model
     active = adapters = 0

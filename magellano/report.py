@@ -296,6 +296,19 @@ def experts_picture(out: Path, base: Sequence[dict[str, Any]], tuned: Sequence[d
     _save(figure, out)
 
 
+def trace_picture(out: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Where a step's time and memory go: a bar for each part, the largest on top."""
+    figure, axes = _figure(2, "ms", "")
+    axes[0].set_title(title, loc="left", color=INK)
+    axes[1].set(xlabel="MB beside what is held")
+    for axis, key in zip(axes, ("ms", "extra_mb"), strict=True):
+        shown = [row for row in reversed(rows) if key in row]
+        axis.barh([row["part"] for row in shown], [row[key] for row in shown], color=TUNED_COLOUR)
+        axis.grid(axis="y", alpha=0)
+        axis.grid(axis="x", alpha=0.25)
+    _save(figure, out)
+
+
 def _figure(panels: int, x: str, y: str) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

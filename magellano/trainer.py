@@ -114,11 +114,11 @@ class Trainer:
             found = self.backprop(batch, self.scale.value / max(total, 1.0), scaled)
             nll, squares = nll + found.nll, found.squares
             grads = _added(grads, found.gradients) if c.accumulate > 1 else found.gradients
+            del found  # its gradients must not outlast the next pass
         norm = mx.sqrt(squares.sum()) if c.accumulate == 1 else global_norm(grads)
         # The update is on its way before the norm is known here; a factor that is not finite changes nothing.
         factor = gradient_factor(norm + (nll - nll), c.clip_norm, self.scale.value)
-        self.optimizer.update(self.model, tree_unflatten(list(grads.items())), factor=factor)
-        grads = {}
+        self.optimizer.consume(self.model, grads, factor=factor)
         self.optimizer.evaluate(self.model.trainable_parameters(), norm, nll)
         loss, grad_norm = float(np.array(nll)) / max(total, 1.0), float(np.array(norm)) / self.scale.value
         finite, lr = bool(np.isfinite(grad_norm) and np.isfinite(loss)), self._rate(self.step)

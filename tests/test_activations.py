@@ -78,7 +78,7 @@ def test_the_training_is_the_same_either_way(tokens: Path, adapted: bool) -> Non
 @pytest.mark.parametrize("adapted", [True, False])
 def test_the_estimate_is_near_what_mlx_counts(tokens: Path, adapted: bool) -> None:
     keeping, kept = measured(tokens, adapted, "never")
-    estimate = activations.held(keeping.model) + activations.kept(keeping.model, CONFIG.batch * T, 4)
+    estimate = activations.held(keeping.model) + activations.kept(keeping.model.config, CONFIG.batch * T, 4)
     assert 0.75 * kept < estimate < 1.25 * kept
     del keeping
     assert measured(tokens, adapted, "always")[1] < 0.6 * kept, "which is what recomputing is for"
@@ -87,7 +87,7 @@ def test_the_estimate_is_near_what_mlx_counts(tokens: Path, adapted: bool) -> No
 @on_cpu
 def test_auto_keeps_what_fits_a_quarter_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model(adapted=True)
-    needs = activations.held(made) + activations.kept(made, 4 * T, 4)
+    needs = activations.held(made) + activations.kept(made.config, 4 * T, 4)
     for memory, recomputes in ((4 * needs, False), (4 * needs - 4, True), (None, True)):
         monkeypatch.setattr(activations, "memory_bytes", lambda memory=memory: memory)
         assert activations.recomputes(made, CONFIG, 4 * T) is recomputes

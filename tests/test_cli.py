@@ -105,6 +105,7 @@ def _failing(error: BaseException) -> Any:
 
 BAD_INPUT = [
     (["plan", "dem"], "did you mean 'demo'"),
+    (["plan", "demo", "--on", "m5"], "one of m4, h100, h200"),
     (["train", "no/such.toml"], "no/such.toml: no such profile file"),
     (["train", "demo", "--set", "train.step=3"], "did you mean 'train.steps'"),
     (["train", "demo", "--set", "train.steps"], "section.key=value"),
@@ -165,6 +166,28 @@ def test_plan_says_when_it_does_not_fit(capsys: pytest.CaptureFixture[str]):
     fits, too_small = (run(capsys, "plan", "demo", "--set", f"memory.limit_gib={gib}")[1] for gib in ("4.0", "0.01"))
     assert "does not fit" not in fits
     assert "does not fit" in too_small
+
+
+def test_plan_on_a_known_machine_tells_time_and_what_fits(capsys: pytest.CaptureFixture[str]):
+    code, out, _ = run(capsys, "plan", "production3b", "--on", "m4", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["tokens_per_s"] == pytest.approx(facts["tokens_per_step"] / facts["step_s"])
+    assert facts["machine_memory_bytes"] == 12 << 30  # a quarter of 16 is the system's
+    assert facts["largest"]["batch"] >= 4
+    assert facts["claimed_needs_tflop_s"] == pytest.approx(
+        2400 * facts["flops_per_step"] / facts["tokens_per_step"] / 1e12
+    )
+    code, out, _ = run(capsys, "plan", "production3b", "--on", "m4")
+    assert code == 0
+    assert f"2,400 tokens/s would need about {facts['claimed_needs_tflop_s']:,.3g} TFLOP/s" in out
+    assert "assumed" in out
+
+
+def test_plan_measures_this_machine(capsys: pytest.CaptureFixture[str]):
+    facts = json.loads(run(capsys, "plan", "demo", "--json")[1])
+    assert facts["on"]["source"] == "measured now"
+    assert facts["step_s"] == pytest.approx(sum(facts["step_parts_s"].values()))  # on a CPU nothing overlaps
 
 
 def test_info_tells_the_back_end_and_why(capsys: pytest.CaptureFixture[str]):
@@ -251,3 +274,27 @@ def test_a_run_that_is_not_there(command: str, home: Path, capsys: pytest.Captur
     assert code == 2
     assert "nothing" in err
     assert not home.exists()
+
+
+def test_a_training_steps_trace_names_its_parts_and_draws_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    small = ["train.batch=1", "data.seq_len=32"]
+    code, out, _ = run(
+        capsys, "benchmark", "train", "--steps", "1", "--trace", "--json", *[x for s in small for x in ("--set", s)]
+    )  # fmt: skip
+    assert code == 0
+    facts = json.loads(out)
+    parts = {row["part"]: row for row in facts["trace"]}
+    wanted = {"projections", "scan", "convolution", "experts", "head and loss", "optimiser", "dequantisation"}
+    assert wanted | {"embedding", "host and the rest"} == set(parts)
+    assert sum(row["share"] for row in parts.values()) == pytest.approx(1)
+    assert parts["head and loss"]["extra_mb"] > 0
+    assert (tmp_path / facts["picture"]).stat().st_size > 0
+
+
+def test_a_trace_belongs_to_training(capsys: pytest.CaptureFixture[str]):
+    code, _, err = run(capsys, "benchmark", "scan", "--trace")
+    assert code == 2
+    assert "--trace belongs to train" in err

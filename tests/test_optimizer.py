@@ -210,3 +210,28 @@ def test_clip() -> None:
     assert same["a"].item() == 3.0
     _, bad = clip_by_global_norm({"a": mx.array([float("nan")])}, 1.0)
     assert math.isnan(bad.item())
+
+
+def test_consuming_is_updating_and_empties_the_dict() -> None:
+    updated, consumed = model(), model()
+    one, other = AdamW(0.01), AdamW(0.01)
+    for t in range(3):
+        one.update(updated, gradients(updated, t))
+        by_name = dict(tree_flatten(gradients(consumed, t)))
+        other.consume(consumed, by_name)
+        assert not by_name
+    for name, expected in values(updated).items():
+        np.testing.assert_array_equal(values(consumed)[name], expected)
+
+
+def test_small_tensors_step_together_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, apart = AdamW(0.01), AdamW(0.01)
+    expected = values(train(together, 3))
+    monkeypatch.setattr(module, "JOINED", 20)  # of 30, 5, 15 and 3 elements; a tensor above the bound goes alone
+    found = values(train(apart, 3))
+    assert [len(group.names) for group in together._groups] == [4]
+    sizes = [sum(math.prod(shape) for shape in group.shapes) for group in apart._groups]
+    assert len(sizes) > 1
+    assert max(sizes) == 30
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])

@@ -27,7 +27,7 @@ def run(profile: Profile, steps: int = 0) -> dict[str, Any]:
     mx.clear_cache()
     model = synthetic.model(profile)
     parts = model.decoder().reads()
-    planned = plan.fine_tune(profile, wide_compute=not on_gpu())
+    planned = plan.fine_tune(profile, on_gpu())
     long = LONG_GPU if on_gpu() else LONG_CPU if planned.parameters <= _QUICK else LONG_SLOW
     streams = [_stream(model, profile, SHORT, 1, steps, copy, parts)]
     prefill, state = _prefill(model, profile, long)

@@ -7,21 +7,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from magellano import plan
+from magellano import memory, plan, roofline
 from magellano.backend import mx, on_gpu
 from magellano.benchmark import machine, synthetic
+from magellano.benchmark.trace import trace as where_it_goes
 from magellano.profile import Profile
 from magellano.trainer import Trainer
 
 WARM_UP = 3  # steps: kernels are compiled at first use
 
 
-def run(profile: Profile, steps: int = 10) -> dict[str, Any]:
-    """Times in ms, median and best of `steps` steps after a few that warm up; peak memory in GiB."""
-    rate = machine.matmul_rate()
+def run(profile: Profile, steps: int = 10, trace: bool = False) -> dict[str, Any]:
+    """Times in ms, median and best of `steps` steps after a few that warm up; peak memory in GiB. `trace`: and where a
+    step's time and memory go (see trace.py).
+    """
+    ceilings = roofline.measured()
+    rate = ceilings.matmul
     mx.clear_cache()
-    planned = plan.fine_tune(profile, wide_compute=not on_gpu())
-    with tempfile.TemporaryDirectory() as folder:
+    with memory.hold(profile) as (profile, held), tempfile.TemporaryDirectory() as folder:
+        planned = plan.fine_tune(profile, on_gpu())
         model = synthetic.model(profile)
         weights = mx.get_active_memory()
         trainer = Trainer(
@@ -30,6 +34,8 @@ def run(profile: Profile, steps: int = 10) -> dict[str, Any]:
         warm = [trainer.one_step() for _ in range(WARM_UP)]
         mx.reset_peak_memory()
         taken = [trainer.one_step() for _ in range(steps)]
+        peak = mx.get_peak_memory()
+        parts = where_it_goes(trainer, profile) if trace else []
     seconds = median(m.seconds for m in taken)
     return {
         **machine.where(),
@@ -40,14 +46,17 @@ def run(profile: Profile, steps: int = 10) -> dict[str, Any]:
         "seq_len": profile.data.seq_len,
         "compute": str(model.compute).removeprefix("mlx.core."),
         "step_ms": seconds * 1e3,
+        "planned_step_ms": roofline.step(profile, ceilings).seconds * 1e3,
         "best_step_ms": min(m.seconds for m in taken) * 1e3,
         "tokens_per_s": planned.tokens_per_step / seconds,
-        "peak_gib": mx.get_peak_memory() / (1 << 30),
+        "peak_gib": peak / (1 << 30),
         "weights_gib": weights / (1 << 30),
-        "planned_gib": planned.total / (1 << 30),
+        **held,
+        "planned_moment": planned.moment,
         "tflop_s": planned.flops_per_step / seconds / 1e12,
         "matmul_tflop_s": rate / 1e12,
         "share_of_matmul": planned.flops_per_step / seconds / rate,
         "first_step_s": warm[0].seconds,
         "losses": [m.loss for m in [*warm, *taken]],
+        **({"trace": parts} if trace else {}),
     }

@@ -20,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting, as train.batch=16"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="how many steps or tokens are timed")
+    parser.add_argument("--trace", action="store_true", help="train: where a step's time and memory go, with a picture")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -29,7 +30,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         have = [name for name in NAMES if available(name)]
         raise InputError(f"benchmark {args.name} is not written yet; there is {', '.join(have) or 'none'}")
     work = importlib.import_module(f"magellano.benchmark.{args.name}").run
-    return {"benchmark": args.name, **work(**_settings(args))}
+    facts = {"benchmark": args.name, **work(**_settings(args))}
+    return {**facts, "picture": _picture(facts)} if args.trace else facts
+
+
+def _picture(facts: dict[str, Any]) -> str:
+    """Draws the trace into the current folder and returns the file's name; says so where matplotlib is missing."""
+    from pathlib import Path
+
+    from magellano import report
+
+    if find_spec("matplotlib") is None:
+        return "none: matplotlib is not installed"
+    out = Path(f"trace-{facts['profile']}.png")
+    report.trace_picture(out, facts["trace"], f"{facts['profile']}, {facts['batch']} x {facts['seq_len']}")
+    return str(out)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -37,6 +52,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     from magellano.errors import InputError
     from magellano.profile import load_profile, parse_override
 
+    if args.trace and args.name != "train":
+        raise InputError(f"benchmark {args.name}: --trace belongs to train")
     if args.name not in OF_A_PROFILE:
         if args.profile or args.set or args.steps:
             raise InputError(f"benchmark {args.name}: --profile, --set and --steps belong to {', '.join(OF_A_PROFILE)}")
@@ -44,7 +61,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.steps is not None and args.steps < 1:
         raise InputError(f"--steps {args.steps}: must be 1 or more")
     profile = load_profile(args.profile or "demo", dict(map(parse_override, args.set)))
-    return {"profile": profile, **({"steps": args.steps} if args.steps else {})}
+    chosen = {"steps": args.steps or None, "trace": args.trace or None}
+    return {"profile": profile, **{key: value for key, value in chosen.items() if value is not None}}
 
 
 def available(name: str) -> bool:

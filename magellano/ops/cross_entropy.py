@@ -103,6 +103,7 @@ class _Head:
             if u_Cr is not None and self.b_Vr is not None:
                 logits_CW = mx.addmm(logits_CW, u_Cr.astype(x_CD.dtype), self.b_Vr[first:last].astype(x_CD.dtype).T)
             parts.append(detached(logits_CW))
+            del w_WD, logits_CW  # before the next slice is made dense
         return parts
 
 
@@ -334,6 +335,7 @@ def _chunk(
         if u_Cr is not None and b_Vr is not None:
             du_Cr = detached(du_Cr + (g_CW @ b_Vr[first:last].astype(g_CW.dtype)).astype(mx.float32))
             _add(sums["b"], first, g_CW.T @ u_Cr.astype(g_CW.dtype))
+        del w_WD, g_CW  # before the next slice is made dense
     return sums_of, dx_CD, du_Cr
 
 

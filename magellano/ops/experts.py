@@ -93,9 +93,21 @@ class Layer:
             return replace(self, a=arrays[0], b=arrays[1])
         return replace(self, weight=arrays[0]) if self.trains else self
 
-    def __call__(self, x: mx.array, part: Part) -> tuple[mx.array, mx.array | None]:
-        """w' x [n, C, O] for x [n, C, I], and A x."""
-        y = times(x, self.weight, part, ordered=self.ordered and self.trains)
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether NF4 weights that were made dense for x are kept for its gradient: on a GPU; a CPU holds one expert at
+        a time.
+        """
+        return not isinstance(self.weight, mx.array) and gpu_geometry()
+
+    def __call__(
+        self, x: mx.array, part: Part, dense_nOI: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None]:  # fmt: skip
+        """w' x [n, C, O] for x [n, C, I], and A x. `dense_nOI`: W, if it is made already."""
+        if dense_nOI is not None:
+            y = x @ dense_nOI.swapaxes(1, 2)
+        else:
+            y = times(x, self.weight, part, ordered=self.ordered and self.trains)
         if self.a is None or self.b is None:
             return y, None
         low = self.low(x, part)
@@ -123,9 +135,14 @@ class Layer:
         """Whether `each` can serve."""
         return isinstance(self.weight, mx.array) or self.weight.shape[2] % BLOCK == 0
 
-    def back(self, dy: mx.array, part: Part) -> tuple[mx.array, mx.array | None]:
+    def back(
+        self, dy: mx.array, part: Part, dense_nOI: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None]:  # fmt: skip
         """The gradient of x, and that of A x."""
-        dx = times(dy, self.weight, part, transposed=True, ordered=self.ordered and self.trains)
+        if dense_nOI is not None:
+            dx = dy @ dense_nOI
+        else:
+            dx = times(dy, self.weight, part, transposed=True, ordered=self.ordered and self.trains)
         if self.a is None or self.b is None:
             return dx, None
         dlow = self.scale * times(dy, self.b, part, transposed=True, ordered=self.ordered)
@@ -160,9 +177,12 @@ def feed_forward(
             # 1. the copies go to their experts
             x = part.spread(u_MD)
             # 2. up, and what is positive stays
-            h, low1 = first(x, part)
+            dense = None
+            if unread and first.keeps_dense:
+                dense = cast(Stack, first.weight).dequantize(x.dtype, after=x, which=part.experts)
+            h, low1 = first(x, part, dense)
             a = detached(mx.maximum(h, 0))
-            kept += [x, a] if low1 is None else [x, a, low1]
+            kept += [value for value in (x, a, low1, dense) if value is not None]
             # 3. down
             if not unread:
                 y.append(second(a, part)[0])
@@ -178,10 +198,11 @@ def feed_forward(
         dx, dgate, found = [], [mx.zeros((0,))], []
         for part in _parts(at):
             x, a, low1 = next(kept), next(kept), (next(kept) if first.a is not None else None)
+            dense = next(kept) if unread and first.keeps_dense else None
             dy = part.spread(cotangents[0])
             da, dlow2 = second.back(dy, part)
             dh, dgate_part = hidden_backward(da, a, gate_Mk, part)
-            dx_part, dlow1 = first.back(dh, part)
+            dx_part, dlow1 = first.back(dh, part, dense)
             dx.append(dx_part)
             dgate.append(dgate_part)
             more = first.gradients(x, low1, dh, dlow1)

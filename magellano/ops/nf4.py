@@ -38,7 +38,7 @@ _MATVEC = Kernel(
 _THREADS, _MATVEC_THREADS, _SIMD = 128, 256, 32  # of a threadgroup and of a simdgroup on a GPU
 _GPU_UNITS = 8  # packs of 16 bytes dequantised by one GPU thread
 _HOST_BLOCKS = 256  # handled by one host thread at a time
-_GPU_AT_ONCE = (4, 2, 1)  # words of a row that a GPU thread has under way: the first that fits the row
+_GPU_AT_ONCE = (2, 1)  # words of a row that a GPU thread has under way, with 128 registers: the first that fits the row
 _GPU_OUTS, _HOST_OUTS = 4, 16  # outputs of the matrix-vector product that share the reading of x
 GPU_ROWS, HOST_ROWS = 16, 1  # up to so many rows of x it beats a dense product, though it decodes anew for every few
 _ROWS_AT_ONCE, _MOST_SPLIT = 4, 8  # on a GPU: rows of x that share the decoding, simdgroups that share a row's columns
@@ -318,7 +318,7 @@ def nf4_matvec(
     width = 8 if launch.gpu_geometry() else 2
     together, simdgroups = rows_together(M, expert_M), _MATVEC_THREADS // _SIMD
     split = splits(-(-outputs // _GPU_OUTS) * -(-M // together), I // width // _GPU_AT_ONCE[0])
-    few = _GPU_AT_ONCE if together < _ROWS_AT_ONCE else _GPU_AT_ONCE[1:]  # for want of registers
+    few = _GPU_AT_ONCE if together < _ROWS_AT_ONCE else _GPU_AT_ONCE[-1:]  # for want of registers
     at_once = next((n for n in few if I // width % (_SIMD * split * n) == 0), 1)
     y: mx.array = _MATVEC(
         [

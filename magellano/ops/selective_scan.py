@@ -145,11 +145,11 @@ class Geometry:
         return (-(-I // self.group_channels) * self.threadgroup[0], B, segments)
 
 
-def geometry(B: int, T: int, I: int, N: int) -> tuple[Geometry, Geometry]:
-    """The default geometries of forward and backward for these sizes in the dialect in force; their chunks are equal.
-    On a GPU N must be a power of two.
+def geometry(B: int, T: int, I: int, N: int, gpu: bool | None = None) -> tuple[Geometry, Geometry]:
+    """The default geometries of forward and backward for these sizes, on a GPU or the host, by default as the dialect
+    in force says; their chunks are equal. On a GPU N must be a power of two.
     """
-    if launch.gpu_geometry():
+    if launch.gpu_geometry() if gpu is None else gpu:
         # Measured on an H200 by benchmarks/gpu_scan.py. Few channels fill the chip by more lanes, then by segments.
         many, steps, segments = B * I >= 8192, 4 if T == 1 else 8, 1
         while segments < 8 and B * I * segments < 4096 and 32 * steps * segments <= T:

@@ -59,7 +59,7 @@ def compare(gradients: dict[str, np.ndarray], right: dict[str, np.ndarray], tole
 def several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabularies over 64 are walked in slices of 64."""
     monkeypatch.setattr(cross_entropy, "_SLICE_WEIGHTS", 1)
-    monkeypatch.setattr(nf4, "_SLICE_VALUES", 1)
+    monkeypatch.setattr(nf4, "SLICE_VALUES", 1)
 
 
 @pytest.mark.parametrize(("M", "D", "V", "r"), [(1, 8, 5, 0), (37, 32, 101, 4), (64, 16, 64, 0), (19, 48, 1027, 3)])

@@ -96,9 +96,14 @@ def test_adapters_on_both_layers(padded: bool, dialect: str) -> None:
         assert np.abs(np.array(value) - want).max() <= 2e-5 * np.abs(want).max(), name
 
 
-def test_unread_outputs_change_no_gradient(dialect: str) -> None:
-    u, logits, dy = (mx.random.normal(s) for s in ((30, 16), (30, 4), (30, 16)))
-    layers = Layer(mx.random.normal((4, 24, 16))), Layer(mx.random.normal((4, 16, 24)))
+@pytest.mark.parametrize("quantised", [False, True])
+def test_unread_outputs_change_no_gradient(quantised: bool, dialect: str) -> None:
+    u, logits, dy = (mx.random.normal(s) for s in ((30, 64), (30, 4), (30, 64)))
+    layers = Layer(mx.random.normal((4, 128, 64))), Layer(mx.random.normal((4, 64, 128)))
+    if quantised:
+        a, b = mx.random.normal((4, 3, 64)), mx.random.normal((4, 128, 3))
+        w1, w2 = (NF4Stack.of([nf4.quantize(e) for e in layer.weight]) for layer in layers)
+        layers = Layer(w1, a, b, 0.5), Layer(w2)
 
     def mixture(u: mx.array, logits: mx.array, unread: bool) -> mx.array:
         routing = route(logits, 2)

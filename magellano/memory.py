@@ -1,0 +1,52 @@
+"""Keeps a training to its plan: the [memory] limit is held, or the run is refused before anything is loaded."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from magellano import plan
+from magellano.backend import hold_memory, on_gpu
+from magellano.errors import OutOfMemory
+from magellano.plan import GIB
+from magellano.profile import Profile
+
+log = logging.getLogger(__name__)
+
+MARGIN, AT_LEAST = 1.1, 256 << 20  # a GPU without a limit is held at its plan times this, or so many bytes above it
+
+
+@contextmanager
+def hold(profile: Profile) -> Iterator[tuple[Profile, dict[str, Any]]]:
+    """Inside the `with` MLX keeps to memory.limit_gib, a GPU without a limit to a little above the plan. Gives the
+    profile as it can be trained so, with a smaller train.loss_chunk if that is what it takes; and what was planned and
+    set, for the run's facts: planned_gib, held_gib (None: nothing is held), loss_chunk.
+
+    Raises OutOfMemory where no chunk makes it fit.
+    """
+    limit = int(profile.memory.limit_gib * GIB)
+    if limit:
+        profile = _within(profile, limit)
+    planned = plan.fine_tune(profile, on_gpu()).total
+    facts = {"planned_gib": planned / GIB, "held_gib": None, "loss_chunk": profile.train.loss_chunk}
+    if not limit and not on_gpu():
+        yield profile, facts
+        return
+    with hold_memory(limit or max(int(MARGIN * planned), planned + AT_LEAST)) as held:
+        yield profile, {**facts, "held_gib": held / GIB}
+
+
+def _within(profile: Profile, limit: int) -> Profile:
+    fitting = plan.fit(profile, on_gpu(), limit)
+    needed = plan.fine_tune(fitting, on_gpu()).total
+    if needed > limit:
+        raise OutOfMemory(
+            f"profile {profile.name}: training needs about {needed / GIB:.2f} GiB, memory.limit_gib is "
+            f"{profile.memory.limit_gib:g}; lower train.batch or data.seq_len, or raise the limit"
+        )
+    if fitting.train.loss_chunk < profile.train.loss_chunk:
+        log.warning(
+            "profile %s: train.loss_chunk %d is taken as %d, so that training keeps to memory.limit_gib %g",
+            profile.name, profile.train.loss_chunk, fitting.train.loss_chunk, profile.memory.limit_gib,
+        )  # fmt: skip
+    return fitting
