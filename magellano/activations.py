@@ -50,7 +50,7 @@ def _quantized(module: nn.Module) -> int:
 
 def kept(config: ModelConfig, rows: int, width: int) -> int:
     """Bytes of all layers' activations at `width` bytes a value: each value with its gradient, since MLX keeps both
-    while a gradient is being made. Measured on a CPU: 0.99 to 1.15 times what the demo and phase1 take.
+    while a gradient is being made. On a CPU 0.98 to 1.15 times what was measured in the demo and phase1.
     """
     return 2 * width * rows * sum(_values(config, config.kind(layer)) for layer in range(config.n_layers))
 
