@@ -41,6 +41,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     return {answer["name"]: answer for answer in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_hostile_file_gets_exact_books_or_one_line(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
     case, outcome = CASES[name], outcomes[name]
