@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from prefect import State, flow
+from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
@@ -33,7 +34,7 @@ def nightly(
         profile: name of a profile, or path of a profile file.
         overrides: settings by dotted name, as {"gate.min_gain_percent": 1.0}.
         force: run although nothing is new.
-        jitter_minutes: wait up to so long first, so that many machines do not start in the same minute.
+        jitter_minutes: a run that a schedule started waits up to so long first: not all machines start in one minute.
     """
     wait(jitter_minutes)
     with Chain(profile, overrides) as chain:
@@ -47,8 +48,14 @@ def nightly(
 
 
 def wait(minutes: float) -> None:
-    """Sleep a share of `minutes` that depends on the flow run alone; not again where it is retried."""
-    if minutes > 0 and int(flow_run.run_count or 1) <= 1:
+    """In a scheduled run sleep a share of `minutes` that depends on the run alone; not again where it is retried."""
+    if minutes > 0 and scheduled() and int(flow_run.run_count or 1) <= 1:
         seconds = random.Random(str(flow_run.id)).uniform(0, 60 * minutes)
         log.info("starting in %.0f s: a share of jitter_minutes", seconds)
         time.sleep(seconds)
+
+
+def scheduled() -> bool:
+    """Whether a schedule started this flow run, not a person."""
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run is not None and bool(context.flow_run.auto_scheduled)

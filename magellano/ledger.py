@@ -132,9 +132,15 @@ class Run:
         elif state is RunState.GOING:
             state = RunState.DONE
         self._meter.stop()
-        self.say(state=state, why=why, ended=now(), took=self.took())
-        os.close(self._alive)
-        os.close(self._going)
+        try:
+            self.say(state=state, why=why, ended=now(), took=self.took())
+        except OSError as e:
+            if error is None:
+                raise
+            log.warning("%s: the record of this run is not complete: %s", self.folder, e)  # what failed first is told
+        finally:
+            os.close(self._alive)
+            os.close(self._going)
 
     def _save(self) -> None:
         text = json.dumps({"schema": SCHEMA, **self.record.model_dump(mode="json")}, indent=2)

@@ -33,6 +33,8 @@ def look(profile: Profile) -> News:
         return News(True, "the first run of this profile", made, listed)
     last = shelf.entries[-1]
     which = f"run {last.run} ({last.decided[:16].replace('T', ' ')} UTC, {last.decision})"
+    if last.run is None:
+        return News(True, f"the release judged last, {last.release[:8]}, was promoted by hand", made, listed)
     if made != last.made:
         return News(True, f"since {which}: {_changes(last.lineage['data']['files'], listed)}", made, listed)
     if shelf.current is not None and not _is_there(shelf.current):
