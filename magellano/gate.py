@@ -51,34 +51,44 @@ def judge(
     """Measure a release against the promoted one and the base on the fixed held-out set, decide, and enter it in the
     registry. Returns decision, reason, numbers and margins. `made`: the fingerprint; `data`: the files' digests.
     """
-    tokens = lineage.inputs(store, (release.stage, release.key))["tokens"]
-    shelf = registry.read().shelf(profile.name)
-    held_out = shelf.held_out or HeldOut(ref=tokens, since=ledger.now(), split=split_of(profile))
-    same = shelf.current == release.key
-    if same:
-        there = shelf.entry(release.key) or _no_entry()
-        numbers, promote, reason = there.numbers, True, there.reason
-    else:
-        numbers = _measure(store, profile, release, evaluation, held_out, shelf, progress)
-        promote, reason = decide(profile.gate, numbers["candidate"], numbers["promoted"], numbers["base"])
-    entry = Entry(
-        release=release.key, digest=release.digest, run=run, decided=ledger.now(),
-        decision=Decision.PROMOTED if promote else Decision.KEPT_ASIDE, reason=reason, made=made, numbers=numbers,
-        lineage=lineage.of(store, release, profile, data),
-    )  # fmt: skip
-    with registry.changed() as book:
-        shelf = book.shelf(profile.name)
-        if same:
-            shelf.entries = [e for e in shelf.entries if e.release != entry.release] + [entry]
-        else:
-            shelf.held_out = held_out if promote else shelf.held_out
-            shelf.judge(entry)
+    while True:
+        shelf = registry.read().shelf(profile.name)
+        held_out, numbers, promote, reason = _weigh(store, profile, release, evaluation, shelf, progress)
+        same = shelf.current == release.key
+        entry = Entry(
+            release=release.key, digest=release.digest, run=run, decided=ledger.now(),
+            decision=Decision.PROMOTED if promote else Decision.KEPT_ASIDE, reason=reason, made=made, numbers=numbers,
+            lineage=lineage.of(store, release, profile, data),
+        )  # fmt: skip
+        with registry.changed() as book:
+            now = book.shelf(profile.name)
+            if now.current != shelf.current:
+                continue  # another run came into force while this one was measured: measured against that one again
+            if same:
+                now.entries = [e for e in now.entries if e.release != entry.release] + [entry]
+            else:
+                now.held_out = held_out if promote else now.held_out
+                now.judge(entry)
+            break
     return {
         "decision": "in force already" if same else str(entry.decision),
         "reason": "the run made the very adapter that is in force" if same else reason,
-        "release": release.key, "in_force": shelf.current, "numbers": numbers,
+        "release": release.key, "in_force": now.current, "numbers": numbers,
         "margins": profile.gate.model_dump(), "made": made,
     }  # fmt: skip
+
+
+def _weigh(
+    store: Store, profile: Profile, release: ArtifactRef, evaluation: ArtifactRef, shelf: Shelf, progress: Progress
+) -> tuple[HeldOut, dict[str, Any], bool, str]:
+    """The fixed set, the numbers on it, whether the release may be in force, and why."""
+    tokens = lineage.inputs(store, (release.stage, release.key))["tokens"]
+    held_out = shelf.held_out or HeldOut(ref=tokens, since=ledger.now(), split=split_of(profile))
+    if shelf.current == release.key:
+        there = shelf.entry(release.key) or _no_entry()
+        return held_out, there.numbers, True, there.reason
+    numbers = _measure(store, profile, release, evaluation, held_out, shelf, progress)
+    return held_out, numbers, *decide(profile.gate, numbers["candidate"], numbers["promoted"], numbers["base"])
 
 
 def promote(store: Store, release: Release, reason: str, progress: Progress) -> dict[str, Any]:

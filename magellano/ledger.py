@@ -157,9 +157,11 @@ def _read(folder: Path) -> Record | None:
     if not (folder / RUN).is_file():
         return None  # its process died before it had written anything, or is about to
     try:
-        record = Record.model_validate(files.read_json(folder / RUN, "remove the folder"))
+        record = Record.model_validate(files.read_json(folder / RUN, "remove the folder", durable.MANIFEST_BYTES))
         if record.state is RunState.GOING and _dead(folder):
-            record = Record.model_validate(files.read_json(folder / RUN, "remove the folder"))  # it may have ended now
+            record = Record.model_validate(
+                files.read_json(folder / RUN, "remove the folder", durable.MANIFEST_BYTES)
+            )  # it may have ended now
             if record.state is RunState.GOING:
                 return record.model_copy(update={"state": RunState.DIED, "why": "its process died"})
         return record

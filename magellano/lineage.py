@@ -11,6 +11,7 @@ from magellano.names import Stage
 from magellano.profile import Profile
 
 Place = tuple[Stage, str]  # an artifact: its stage and key
+FILES = 100  # data files that are listed one by one; the record of the run lists all
 
 
 def inputs(store: Store, place: Place) -> dict[str, ArtifactRef]:
@@ -39,7 +40,7 @@ def closure(store: Store, roots: Iterable[Place]) -> set[Place]:
 def of(store: Store, release: ArtifactRef, profile: Profile, data: dict[str, str]) -> dict[str, Any]:
     """What made a release, as JSON for people: data, base, code, settings, and every artifact on the way.
 
-    `data`: names and digests of the data files.
+    `data`: names and digests of the data files; they are listed one by one where they are few.
     """
     direct = inputs(store, (release.stage, release.key))
     tokens, base = store.manifest(direct["tokens"]), direct["base"]
@@ -47,7 +48,12 @@ def of(store: Store, release: ArtifactRef, profile: Profile, data: dict[str, str
     facts = json.loads((store.path(direct["tokens"]) / "tokens.json").read_text(encoding="utf-8"))
     below = sorted(closure(store, [(release.stage, release.key)]))
     return {
-        "data": {"digest": tokens["inputs"]["data"], "files": data, "rows": facts["files"]},
+        "data": {
+            "digest": tokens["inputs"]["data"],
+            "count": len(facts["files"]),
+            "files": data if len(data) <= FILES else {},
+            "rows": facts["files"] if len(facts["files"]) <= FILES else {},
+        },
         "base": {**source, "key": base.key, "digest": base.digest},
         "code": {**ledger.code(), "trained_by": store.manifest(direct["trained"])["code"]},
         "settings": profile.model_dump(mode="json", exclude={"name", "description"}),

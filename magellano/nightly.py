@@ -1,8 +1,9 @@
 """What is new since the last judged run of a profile: found by digest, never by time."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from magellano import artifacts, pipeline, registry
+from magellano import artifacts, ledger, pipeline, registry
 from magellano.artifacts import MANIFEST
 from magellano.names import BaseSource, Stage
 from magellano.profile import Profile
@@ -36,10 +37,16 @@ def look(profile: Profile) -> News:
     if last.run is None:
         return News(True, f"the release judged last, {last.release[:8]}, was promoted by hand", made, listed)
     if made != last.made:
-        return News(True, f"since {which}: {_changes(last.lineage['data']['files'], listed)}", made, listed)
+        return News(True, f"since {which}: {_changes(_files_of(last.run, last.lineage), listed)}", made, listed)
     if shelf.current is not None and not _is_there(shelf.current):
         return News(True, f"nothing new since {which}, but the promoted adapter's folder is gone", made, listed)
     return News(False, f"nothing new since {which}: data {data[:12]}, base and settings are the same", made, listed)
+
+
+def _files_of(run: int, lineage: dict[str, Any]) -> dict[str, str]:
+    """The data files of a judged release, by the record of its run; by the registry where that is gone."""
+    record = next((r for r in ledger.records() if r.number == run), None)
+    return record.data if record is not None else lineage["data"]["files"]
 
 
 def _changes(old: dict[str, str], new: dict[str, str]) -> str:

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from magellano import artifacts, durable, files, ledger
 from magellano.artifacts import ArtifactRef, private_folder
@@ -22,6 +22,7 @@ from magellano.names import Decision
 
 SCHEMA = 1
 NAME = "registry.json"
+Key = Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]  # it becomes a folder's name
 
 
 class HeldOut(BaseModel):
@@ -31,11 +32,17 @@ class HeldOut(BaseModel):
     since: str
     split: dict[str, Any]  # seed, share and format of the data
 
+    @field_validator("ref")
+    @classmethod
+    def _key(cls, ref: ArtifactRef) -> ArtifactRef:
+        TypeAdapter(Key).validate_python(ref.key)
+        return ref
+
 
 class Entry(BaseModel):
     """A release that was judged. `made`: the fingerprint of what it was made of; `lineage`: the same for people."""
 
-    release: str
+    release: Key
     digest: str
     run: int | None
     decided: str
@@ -51,8 +58,8 @@ class Event(BaseModel):
 
     at: str
     decision: Decision
-    release: str
-    before: str | None
+    release: Key
+    before: Key | None
     reason: str
     run: int | None = None
 
@@ -60,7 +67,7 @@ class Event(BaseModel):
 class Shelf(BaseModel):
     """One profile's part. `current` is the release in force."""
 
-    current: str | None = None
+    current: Key | None = None
     held_out: HeldOut | None = None
     entries: list[Entry] = []
     history: list[Event] = []

@@ -1,11 +1,16 @@
 """What the gate decides, margin by margin."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from magellano import gate
-from magellano.profile import GateConfig
+from magellano import gate, registry
+from magellano.artifacts import ArtifactRef, Store
+from magellano.names import Decision, Stage
+from magellano.profile import GateConfig, load_profile
+from magellano.registry import Entry, HeldOut
 
 
 def numbers(loss: float, accuracy: float = 0.5) -> dict[str, Any]:
@@ -44,3 +49,36 @@ def test_a_reason_for_no_names_what_failed_alone() -> None:
     _, reason = gate.decide(GateConfig(), numbers(2.9, 0.1), numbers(3.0), BASE)
     assert "token accuracy" in reason
     assert "lower than" not in reason
+
+
+def test_one_that_came_into_force_meanwhile_is_the_one_to_beat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setenv("MAGELLANO_HOME", str(tmp_path))
+    tokens = ArtifactRef(stage=Stage.TOKENIZE, key="tokens", digest="t", bytes=1)
+    losses = {"old": 3.0, "rival": 2.0, "mine": 2.5}
+    seen = []
+
+    def promote(release: str) -> None:
+        facts = {"digest": "", "run": 1, "decided": "", "reason": "", "made": "", "numbers": {}, "lineage": {}}
+        with registry.changed() as book:
+            book.shelf("demo").held_out = HeldOut(ref=tokens, since="", split={})
+            book.shelf("demo").judge(Entry(release=release, decision=Decision.PROMOTED, **facts))  # type: ignore[arg-type]
+
+    def measure(*arguments: Any) -> dict[str, Any]:
+        in_force = arguments[5].current
+        seen.append(in_force)
+        if in_force == "old":
+            promote("rival")
+        return {"candidate": numbers(losses["mine"]), "promoted": numbers(losses[in_force]), "base": BASE}
+
+    promote("old")
+    monkeypatch.setattr(gate, "_measure", measure)
+    monkeypatch.setattr(gate, "lineage", SimpleNamespace(inputs=lambda *_: {"tokens": tokens}, of=lambda *_: {}))
+    mine = ArtifactRef(stage=Stage.CHECKPOINT, key="mine", digest="m", bytes=1)
+    found = gate.judge(
+        Store(tmp_path), load_profile("demo"), mine, mine, made="x", data={}, run=2, progress=lambda *_, **__: None
+    )
+    assert seen == ["old", "rival"]
+    assert found["decision"] == Decision.KEPT_ASIDE
+    assert registry.current("demo") == "rival"

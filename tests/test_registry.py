@@ -90,6 +90,10 @@ def test_an_error_changes_nothing(home: Path) -> None:
     assert [p.name for p in home.iterdir() if p.is_file()] == ["registry.json"]
 
 
+ELSEWHERE = json.dumps({"schema": 1, "profiles": {"x": {"held_out": {
+    "ref": {"stage": "tokenize", "key": "..", "digest": "", "bytes": 1}, "since": "", "split": {}}}}})  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -97,6 +101,8 @@ def test_an_error_changes_nothing(home: Path) -> None:
         ('{"schema": 9}', "not of schema 1"),
         ('{"schema": 1, "profiles": {"x": {"current": 3}}}', "profiles.x.current"),
         ('{"schema": 1, "profile": {}}', "profile: Extra inputs"),
+        ('{"schema": 1, "profiles": {"x": {"current": "../../etc"}}}', "profiles.x.current: String should match"),
+        (ELSEWHERE, "profiles.x.held_out.ref"),
     ],
 )
 def test_what_is_no_registry_is_refused_and_left_alone(text: str, said: str) -> None:

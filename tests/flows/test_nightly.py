@@ -9,7 +9,8 @@ import pytest
 
 from flows import nightly as flow
 from flows.nightly import nightly
-from magellano import artifacts, cli, ledger, registry
+from flows.train import train
+from magellano import artifacts, cli, gate, ledger, registry
 from magellano.errors import ExitCode, InputError
 from magellano.names import Decision, RunState, Stage
 from magellano.runs import Release
@@ -121,7 +122,7 @@ def test_the_gate_with_data_that_help_and_data_that_harm(site: Path, capsys: pyt
     assert made.lineage["code"]["trained_by"]["commit"] == commit == made.lineage["code"]["commit"]
 
     by_hand(site, first["gate"]["release"], helped["gate"]["release"], capsys)
-    by_profile(site)
+    by_profile(site, capsys)
 
 
 def by_hand(site: Path, first: str, helped: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,11 +150,23 @@ def by_hand(site: Path, first: str, helped: str, capsys: pytest.CaptureFixture[s
     assert shelf().current == first, "what cannot be used does not come into force"
 
 
-def by_profile(site: Path) -> None:
+def by_profile(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A night that would train on what it is judged by is refused before anything trains."""
     with pytest.raises(InputError, match=r"split otherwise than the fixed held-out set \(data\.seed 7, then 0\)"):
         night(site, overrides={"data.seed": 7})
     assert ledger.records()[-1].state is RunState.FAILED
+    other = train(profile=str(site / "nights.toml"), overrides={"data.seed": 7, "train.steps": 2, "train.warmup": 1})
+    release = next(s["key"] for s in other["stages"] if s["stage"] == Stage.CHECKPOINT)
+    assert cli.main(["promote", release, "--reason", "another split"]) == ExitCode.DONE
+    assert release[:8] in capsys.readouterr().out
+    entry, held_out = shelf().entry(release), shelf().held_out
+    assert entry is not None
+    assert (entry.reason, entry.run, shelf().current) == ("another split", None, release)
+    assert held_out is not None
+    assert held_out.split["seed"] == 7
+    better = night(site, overrides={"data.seed": 7})
+    assert better["gate"]["numbers"]["held_out"] == held_out.ref.key
+    assert better["gate"]["numbers"]["promoted"] == {k: entry.numbers["candidate"][k] for k in gate.MEASURES}
 
 
 def test_the_wait_depends_on_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
