@@ -11,12 +11,12 @@ from typing import Any
 from prefect.runtime import flow_run
 
 from magellano import gate as gates
-from magellano import gc, ledger, nightly, pipeline
+from magellano import gc, ledger, lineage, nightly, pipeline
 from magellano.artifacts import ArtifactRef
 from magellano.errors import InputError
 from magellano.names import BaseSource, Decision, RunState, Stage
 from magellano.profile import Profile, load_profile
-from tasks import stage, terminal
+from tasks import publish, stage, terminal
 from tasks.attach_lora import attach_lora
 from tasks.checkpoint import checkpoint
 from tasks.evaluate import evaluate
@@ -151,6 +151,7 @@ class Chain:
                 "stage": done.name, "state": "reused" if done.reused else "built", "seconds": round(done.seconds, 3),
                 **done.ref.model_dump(mode="json", exclude={"stage"}),
                 "path": str(store.path(done.ref)), "summary": store.manifest(done.ref)["summary"],
+                "made_from": [f"{ref.stage}/{ref.key}" for ref in lineage.inputs(store, done.ref).values()],
             }
             for done in self._done
         ]  # fmt: skip
@@ -161,10 +162,13 @@ class Chain:
             log.info("nothing has changed: all %d stages were reused, nothing was rebuilt", reused)
         elif stages:
             log.info("%d of %d stages were reused, %d built", reused, len(stages), len(stages) - reused)
-        return {
+        result = {
             "profile": self.profile.name, "run": self.run.record.number, "home": str(store.home), "stages": stages,
             "evaluation": evaluation, "gate": self.run.record.gate, "took": self.run.took(),
         }  # fmt: skip
+        if stages:
+            publish.run_report(result)
+        return result
 
     def _run(self, task: Any, *args: Any, name: str = "", again: bool | None = None) -> ArtifactRef:
         stage_ = Stage(task.name)

@@ -82,7 +82,7 @@ def _weigh(
     store: Store, profile: Profile, release: ArtifactRef, evaluation: ArtifactRef, shelf: Shelf, progress: Progress
 ) -> tuple[HeldOut, dict[str, Any], bool, str]:
     """The fixed set, the numbers on it, whether the release may be in force, and why."""
-    tokens = lineage.inputs(store, (release.stage, release.key))["tokens"]
+    tokens = lineage.inputs(store, release)["tokens"]
     held_out = shelf.held_out or HeldOut(ref=tokens, since=ledger.now(), split=split_of(profile))
     if shelf.current == release.key:
         there = shelf.entry(release.key) or _no_entry()
@@ -153,7 +153,7 @@ def _measure(
             f"put it back, or promote a release by hand: magellano promote RUN takes that one's held-out split"
         )
     folder, numbers = store.path(tokens), {}
-    direct = lineage.inputs(store, (release.stage, release.key))
+    direct = lineage.inputs(store, release)
     candidate, base = store.path(release), store.path(direct["base"])
     if direct["tokens"].digest == tokens.digest and profile.gate.max_tokens == profile.evaluate.max_tokens:
         measured = store.manifest(evaluation)["summary"]

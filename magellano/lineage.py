@@ -14,9 +14,10 @@ Place = tuple[Stage, str]  # an artifact: its stage and key
 FILES = 100  # data files that are listed one by one; the record of the run lists all
 
 
-def inputs(store: Store, place: Place) -> dict[str, ArtifactRef]:
+def inputs(store: Store, of: Place | ArtifactRef) -> dict[str, ArtifactRef]:
     """The artifacts that one was made from, by the names that its manifest gives them; none where it is not there."""
-    folder = store.home / "artifacts" / place[0] / place[1]
+    stage, key = (of.stage, of.key) if isinstance(of, ArtifactRef) else of
+    folder = store.home / "artifacts" / stage / key
     try:
         named = files.read_json(folder / MANIFEST, "build it again", durable.MANIFEST_BYTES)["inputs"]
     except (InputError, KeyError):
@@ -42,7 +43,7 @@ def of(store: Store, release: ArtifactRef, profile: Profile, data: dict[str, str
 
     `data`: names and digests of the data files; they are listed one by one where they are few.
     """
-    direct = inputs(store, (release.stage, release.key))
+    direct = inputs(store, release)
     tokens, base = store.manifest(direct["tokens"]), direct["base"]
     source = {"source": str(profile.base.source), "folder": profile.base.folder}
     facts = json.loads((store.path(direct["tokens"]) / "tokens.json").read_text(encoding="utf-8"))

@@ -180,12 +180,25 @@ def show_run(run: dict[str, Any], console: "Console") -> None:
 def run_markdown(run: dict[str, Any]) -> str:
     """The same as a page for Prefect's UI."""
     places = facts("Where it lies", {name: str(path) for name, path in run_places(run).items()})
-    tables = [stages(run), *accounting(run), places]
+    tables = [stages(run), *accounting(run), _made_from(run), places]
     parts = [f"# {run['profile']}", *(table.markdown() for table in tables)]
     if (evaluation := _evaluation(run)) is not None:
         parts.insert(1, evaluation_markdown(evaluation))
     parts[1:1] = _ending(run)
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _made_from(run: dict[str, Any]) -> Table:
+    """Each artifact of a run with those that it was made from."""
+    rows = [
+        (s["stage"], s.get("key", "")[:8], ", ".join(map(_short_key, s.get("made_from", ())))) for s in run["stages"]
+    ]
+    return Table("What was made from what", ("stage", "key", "made from"), tuple(rows), numbers=False)
+
+
+def _short_key(place: str) -> str:
+    stage, key = place.split("/")
+    return f"{stage} {key[:8]}"
 
 
 def _ending(run: dict[str, Any]) -> list[str]:

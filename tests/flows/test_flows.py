@@ -101,6 +101,18 @@ def written(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.slow
+def test_the_disk_budget_is_held_by_what_may_go(tiny: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = {"disk.budget_gib": 1e-6}
+    for rows in (60, 50, 40):
+        result = stages(stage=Stage.TOKENIZE, profile=tiny, overrides={**budget, "data.max_rows": rows})
+        assert folder(result, "tokenize").is_dir()
+    assert len(list((home / "artifacts" / "tokenize").iterdir())) == 2, "the last two runs stay"
+    said = capsys.readouterr().err
+    assert said.count("disk.budget_gib: removed") == 1
+    assert said.count("more than disk.budget_gib 1e-06, and nothing more may go") == 3
+
+
+@pytest.mark.slow
 def test_a_stage_of_an_earlier_run_is_carried_out_by_the_profile_that_it_kept(tiny: str, home: Path) -> None:
     first = train(profile=tiny, overrides={"train.steps": 1})
     Path(tiny).write_text("its owner has changed it")

@@ -223,6 +223,10 @@ def test_train_demo_runs_shows_itself_and_is_cached_the_second_time(site: Site, 
     progress = next(a for a in artifacts if a.key == "train-progress")
     assert float(str(progress.data)) == 100.0
     assert "2/2" in str(progress.description)
+    page = next(str(a.data) for a in artifacts if a.key == "run-report")
+    assert page.count("data:image/png;base64,") == 2
+    assert "run 1 took" in page
+    assert "| checkpoint | " in page.split("What was made from what")[1]
     logged(client, first, "quantize     built")
     logged(client, first, "0 of 8 stages were reused, 8 built")
 
