@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from uuid import UUID
@@ -29,7 +30,7 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import StateType
-from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
@@ -54,6 +55,7 @@ SHORT = {
     "train.steps": 2, "train.warmup": 1, "train.batch": 2, "evaluate.samples": 1, "evaluate.sample_tokens": 4,
     "evaluate.max_tokens": 256, "pretrain.train.steps": 2, "pretrain.train.warmup": 1, "pretrain.train.batch": 2,
 }  # fmt: skip
+NIGHT = {**SHORT, "gate.min_gain_on_base_percent": -50.0}  # two steps teach nothing
 TASKS = {"tokenize", "tokenize for pretrain", "pretrain", "quantize", "attach_lora", "train", "checkpoint", "evaluate"}
 
 T = TypeVar("T")
@@ -257,7 +259,7 @@ def test_train_demo_runs_shows_itself_and_is_cached_the_second_time(site: Site, 
 def test_a_night_shows_its_decision_and_the_next_that_nothing_is_new(site: Site, client: SyncPrefectClient) -> None:
     if not any(r.flow == "train" for r in site.records()):
         site.start("worker", "start", "--pool", POOL, "--limit", "1")
-    overrides = {**SHORT, "gate.min_gain_on_base_percent": -50.0}  # two steps teach nothing
+    overrides = NIGHT
     first = client.read_flow_run(run(site, client, "nightly/demo", overrides=overrides)).state
     assert first
     assert (first.type, first.name) == (StateType.COMPLETED, "Promoted"), f"{first.message}\n{site.tail()}"
@@ -271,3 +273,25 @@ def test_a_night_shows_its_decision_and_the_next_that_nothing_is_new(site: Site,
     assert states(client, night.id) == {}, "no stage was looked at"
     messages = logged(client, night.id, "no training: nothing new")
     assert any("nothing new since run" in message for message in messages)
+
+
+def test_a_scheduled_night_fires_and_waits_its_share(site: Site, client: SyncPrefectClient) -> None:
+    deployment = client.read_deployment_by_name("nightly/demo")
+    given = {"overrides": NIGHT, "jitter_minutes": 0.02}
+    often = [(IntervalSchedule(interval=timedelta(seconds=20)), True)]
+    (schedule,) = client.create_deployment_schedules(deployment.id, often, parameters=given)
+    mine = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+
+    def fired() -> list[UUID]:
+        runs = client.read_flow_runs(deployment_filter=mine)
+        return [r.id for r in runs if r.auto_scheduled and r.state and r.state.is_final()]
+
+    try:
+        (first, *_) = wait("a scheduled run", fired, 180)
+    finally:
+        client.delete_deployment_schedule(deployment.id, schedule.id)
+    run_ = client.read_flow_run(first)
+    assert run_.state
+    assert run_.state.name in ("Nothing new", "Promoted"), f"{run_.state.message}\n{site.tail()}"
+    messages = logged(client, first, "a share of jitter_minutes")
+    assert any("starting in 1 s" in m or "starting in 0 s" in m for m in messages)
