@@ -115,3 +115,21 @@ def _stray(folder: Path, relative: str) -> str | None:
         if folder.joinpath(*parts[:count]).is_symlink():
             return f"{'/'.join(parts[:count])} is a symbolic link"
     return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` under `path` whole: readers, also after a power cut, see what stood there before, or this.
+
+    Of several processes that write it the last one wins. OSError where it does not read back as it was written.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # left by a writer that died
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(fd, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(fd)
+    if temporary.read_bytes() != text.encode():
+        raise OSError(f"{temporary}: does not read back as it was written; check the disk")
+    os.replace(temporary, path)
+    fsync(path.parent)

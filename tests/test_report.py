@@ -159,6 +159,26 @@ def test_durations(seconds: float, text: str):
     assert report.duration(seconds) == text
 
 
+TOOK = {"seconds": 65.2, "kwh": 0.0123, "estimated": True, "money": 0.0042, "currency": "USD", "how": "65 W assumed"}
+
+
+def test_what_a_run_took_is_marked_where_it_is_an_estimate():
+    assert report.took(TOOK) == "1 min 05 s, ~12.3 Wh, 0.0042 USD (65 W assumed)"
+    told = {**TOOK, "estimated": False, "kwh": 2.5, "money": 12.345}
+    assert report.took(told) == "1 min 05 s, 2.5 kWh, 12.35 USD (65 W assumed)"
+
+
+def test_a_runs_page_ends_with_gate_lineage_and_cost(tmp_path: Path):
+    stage = {"stage": "train", "state": "built", "seconds": 1.0, "path": str(tmp_path), "summary": {}, "key": "a" * 32}
+    gate = {"release": "b" * 32, "decision": "kept aside", "reason": "it is worse"}
+    run = {"profile": "demo", "run": 7, "stages": [{**stage, "made_from": ["tokenize/" + "c" * 32]}]}
+    page = report.run_markdown({**run, "gate": gate, "took": TOOK})
+    assert "bbbbbbbb kept aside: it is worse" in page
+    assert "run 7 took 1 min 05 s, ~12.3 Wh" in page
+    assert "| train | aaaaaaaa | tokenize cccccccc |" in page
+    assert "kept aside" not in report.run_markdown(run)
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")]
 )

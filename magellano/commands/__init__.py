@@ -10,14 +10,38 @@ and imports what is heavy inside `run`.
 
 from types import ModuleType
 
-from magellano.commands import benchmark, evaluate, generate, info, plan, pretrain, train
+from magellano.commands import (
+    benchmark,
+    diff,
+    evaluate,
+    gc,
+    generate,
+    info,
+    nightly,
+    plan,
+    pretrain,
+    promote,
+    rollback,
+    runs,
+    show,
+    tco,
+    train,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,
     "plan": plan,
     "train": train,
     "pretrain": pretrain,
+    "nightly": nightly,
     "evaluate": evaluate,
     "generate": generate,
+    "runs": runs,
+    "show": show,
+    "diff": diff,
+    "promote": promote,
+    "rollback": rollback,
+    "gc": gc,
+    "tco": tco,
     "benchmark": benchmark,
 }

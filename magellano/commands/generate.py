@@ -12,7 +12,7 @@ HELP = "continue a prompt with a release, token by token"
 
 def run_argument(parser: argparse.ArgumentParser) -> None:
     """RUN, which evaluate and generate share."""
-    what = "a release: its folder, the start of its key, or a profile's name (its newest)"
+    what = "a release: its folder, the start of its key, a profile's name (its newest), or PROFILE@promoted"
     parser.add_argument("run", metavar="RUN", help=what)
 
 
