@@ -123,10 +123,11 @@ class Store:
         what is there unless it was built under that id: a retry of a run that asked for it does not build it twice.
         """
         with self._locked(stage, key):
+            self._remove_dead(stage, ours=key)
             ref = self._find_locked(stage, key)
             if ref and (not rerun or self.manifest(ref)["rerun"] == rerun):
+                self._drop_work(stage, key)  # left where its builder was killed right after the commit
                 return Built(ref, reused=True)
-            self._remove_dead(stage, ours=key)
             temporary = private_folder(self._folder(stage, durable.TEMPORARY + key))
             facts = {
                 "schema": SCHEMA, "stage": stage, "key": key, "version": version, "rerun": rerun,
@@ -150,11 +151,14 @@ class Store:
         assert manifest["files"], f"stage {stage} wrote no file"
         final, old = self._folder(stage, key), temporary.with_name(temporary.name + _OLD)
         if final.exists():
-            final.rename(old)  # renamed, not removed in place: a kill leaves either artifact whole, or none
+            final.rename(old)  # renamed, not removed in place: a kill leaves either whole; see _remove_dead
         durable.publish(temporary, final)
         shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.home / "work" / stage / key, ignore_errors=True)
+        self._drop_work(stage, key)
         return _ref(manifest)
+
+    def _drop_work(self, stage: Stage, key: str) -> None:
+        shutil.rmtree(self.home / "work" / stage / key, ignore_errors=True)
 
     def _folder(self, stage: Stage, name: str) -> Path:
         return self.home / "artifacts" / stage / name
@@ -191,13 +195,20 @@ class Store:
         return ref
 
     def _remove_dead(self, stage: Stage, ours: str) -> None:
-        """Remove temporary folders whose builder is gone: their key's lock is free, or is held by the caller."""
+        """Remove temporary folders whose builder is gone: their key's lock is free, or is held by the caller. What it
+        had moved away for a rerun that never took its place goes back there.
+        """
         for folder in self._folder(stage, "").glob(durable.TEMPORARY + "*"):
             key = folder.name.removeprefix(durable.TEMPORARY).removesuffix(_OLD)
             lock = None if key == ours else self._try_lock(stage, key)
             if key == ours or lock is not None:
-                log.warning("removing %s, left by a process that died", folder)
-                shutil.rmtree(folder)
+                final = self._folder(stage, key)
+                if folder.name.endswith(_OLD) and not final.exists():
+                    log.warning("%s %s: putting back what a rerun that died had moved away", stage, key)
+                    folder.rename(final)
+                else:
+                    log.warning("removing %s, left by a process that died", folder)
+                    shutil.rmtree(folder)
             if lock is not None:
                 os.close(lock)
 

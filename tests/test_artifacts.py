@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from magellano import artifacts, pipeline
+from magellano import artifacts, durable, pipeline
 from magellano.artifacts import ASIDE, MANIFEST, ArtifactRef, Built, Store, stage_key
 from magellano.errors import DiskFull
 from magellano.names import LoraTarget, Stage
@@ -239,6 +239,30 @@ def test_work_stays_after_a_failure_and_goes_after_the_commit(store):
         build(store, stops)
     assert (store.path(build(store, continues).ref) / "end").read_text() == "state"
     assert not (store.home / "work" / STAGE / KEY).exists()
+
+
+def test_work_left_by_a_kill_right_after_the_commit_goes_with_the_next_use(store):
+    build(store, Maker())
+    (store.work(STAGE, KEY) / "step-1").write_text("state")
+    assert build(store, Maker()).reused
+    assert not (store.home / "work" / STAGE / KEY).exists()
+
+
+@pytest.mark.parametrize("key", [KEY, "n" * 32], ids=["its own next build", "another key's build"])
+def test_a_rerun_that_dies_before_its_artifact_stands_leaves_the_old_one(store, key, monkeypatch):
+    ref = build(store, Maker()).ref
+
+    def fails(temporary: Path, final: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(durable, "publish", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            build(store, Maker("better"), rerun="run-1")
+    again = build(store, Maker(), key=key)
+    assert again.reused == (key == KEY)
+    assert store.find(STAGE, KEY) == ref
+    assert leftovers(store) == []
 
 
 BUILDER = """
