@@ -23,13 +23,15 @@ def require(folder: Path, need: int) -> None:
 
 @contextmanager
 def told_when_full(folder: Path) -> Iterator[None]:
-    """Turn a failure for lack of space under `folder`, an existing folder, into DiskFull."""
+    """Turn a failure for lack of space under `folder`, a folder that may have got its final name meanwhile, into
+    DiskFull.
+    """
     try:
         yield
     except (DiskFull, InputError):
         raise
     except Exception as e:
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
         if (isinstance(e, OSError) and e.errno in _FULL) or free < _SPARE:
             written = sum(p.lstat().st_size for p in folder.rglob("*"))
             raise DiskFull(_told(folder, written + _SPARE, free)) from e

@@ -169,6 +169,22 @@ def test_a_full_disk_is_one_line_with_numbers(store):
     assert leftovers(store) == []
 
 
+@pytest.mark.parametrize(("number", "told"), [(errno.EIO, OSError), (errno.ENOSPC, DiskFull)])
+def test_a_failure_after_the_rename_is_told_as_what_it_is(store, monkeypatch, number, told):
+    """The last fsync fails when the temporary folder has its final name: there is nothing to measure under the old."""
+    fsync = durable.fsync
+
+    def fails(path: Path) -> None:
+        if path == store.home / "artifacts" / STAGE:
+            raise OSError(number, "failed")
+        fsync(path)
+
+    monkeypatch.setattr(durable, "fsync", fails)
+    with pytest.raises(told) as e:
+        build(store, Maker())
+    assert not isinstance(e.value, FileNotFoundError)
+
+
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a tiny disk")
 def test_a_really_full_disk(tmp_path):
     home = tmp_path / "small"

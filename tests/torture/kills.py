@@ -25,7 +25,10 @@ def part(share: Share) -> Iterator[Row]:
         folder, marks = Path(name), rig.Marks()
         victim = Victim(folder, rig.uninterrupted(folder, marks), marks, random.Random(share.seed))
         yield victim.kills("SIGKILL in each stage, at random", share.of(KILLS, 12), victim.in_a_stage)
-        yield victim.kills("SIGKILL inside a checkpoint's save", share.of(IN_SAVE, 6), victim.in_a_save, Stage.CHECKPOINT)
+        inside = "SIGKILL inside a checkpoint's save"
+        yield victim.kills(
+            inside, share.of(IN_SAVE, 6), victim.in_a_save, Stage.CHECKPOINT, lambda: marks.writing == 1
+        )
         yield victim.signals(share.of(40, 3))
 
 
@@ -43,7 +46,11 @@ class Victim:
         chain = rig.Chain(self.home, self.reference.profile, self.marks, self.last)
         return rig.fork(chain.run, self.marks, lambda: rig.watch(self.marks))
 
-    def kills(self, fault: str, wanted: int, strike: Callable[[int], bool], last: Stage = Stage.EVALUATE) -> Row:
+    def kills(
+        self, fault: str, wanted: int, strike: Callable[[int], bool], last: Stage = Stage.EVALUATE,
+        counts: Callable[[], bool] = lambda: True,
+    ) -> Row:  # fmt: skip
+        """Kill by `strike` until `wanted` kills counted; each home's last start is left to end and is compared."""
         row, where = Row(fault, LEVEL), Counter[str]()
         fresh, self.runs, self.last = True, 0, last
         while row.tries < wanted or not fresh:
@@ -54,10 +61,11 @@ class Victim:
             status = rig.wait(pid)
             if fresh := not (struck and status == -signal.SIGKILL):
                 self._after_the_end(row, status)
-            else:
+                continue
+            self._after_a_kill(row)
+            if counts():
                 row.tries += 1
                 where[self._place()] += 1
-                self._after_a_kill(row)
         spread = ", ".join(f"{name} {count}" for name, count in sorted(where.items()))
         row.note = f"{self.runs} runs ended in the same SHA-256; killed in: {spread}"
         return row
@@ -78,12 +86,11 @@ class Victim:
         return struck
 
     def in_a_save(self, pid: int) -> bool:
-        """Kill at a random moment inside one of the saves to come. False: none came, or the kill came late."""
+        """Kill at a random moment after the start of one of the saves to come; some come too late and do not count."""
         for _ in range(self.rng.randrange(4)):
             self._until(pid, lambda: self.marks.writing == 1)
             self._until(pid, lambda: self.marks.writing != 1)
-        struck = self._strike(pid, lambda: self.marks.writing == 1, SAVE)
-        return struck and self.marks.writing == 1
+        return self._strike(pid, lambda: self.marks.writing == 1, SAVE)
 
     def _strike(self, pid: int, ready: Callable[[], bool], within: float) -> bool:
         if not self._until(pid, ready):
