@@ -31,6 +31,12 @@ class OutOfMemory(MemoryError):
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
+class Diverged(FloatingPointError):
+    """The training went wrong again and again: numbers that are not finite, or losses that jump."""
+
+    exit_code = ExitCode.FAILED
+
+
 class Stopped(Exception):
     """Training stopped on a signal after saving its state; the next start continues from there."""
 

@@ -21,6 +21,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for sig in (signal.SIGTERM, signal.SIGINT):
                 self._former[sig] = signal.signal(sig, self._on_signal)
+                signal.siginterrupt(sig, False)  # MLX takes a read or write that a signal cuts short for a failed one
         return self
 
     def __exit__(
