@@ -21,7 +21,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +90,7 @@ class Store:
 
     home: Path
     deep: bool = True
+    _held: dict[tuple[Stage, str], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def path(self, ref: ArtifactRef) -> Path:
         """The folder of an artifact."""
@@ -111,6 +112,12 @@ class Store:
     def work(self, stage: Stage, key: str) -> Path:
         """The folder that an interrupted stage continues from; for the `make` of this key's build alone."""
         return private_folder(self.home / "work" / stage / key)
+
+    def lock(self, stage: Stage, key: str) -> int:
+        """The descriptor of this key's lock, for the `make` of its build alone: a child process that inherits it holds
+        the lock too, so that nobody builds beside a child whose parent was killed.
+        """
+        return self._held[stage, key]
 
     def build(
         self, stage: Stage, key: str, *, version: int, inputs: Inputs, config: Mapping[str, Any],
@@ -213,8 +220,10 @@ class Store:
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.ftruncate(fd, 0)
             os.pwrite(fd, str(os.getpid()).encode(), 0)
+            self._held[stage, key] = fd
             yield
         finally:
+            self._held.pop((stage, key), None)
             os.close(fd)
 
     def _try_lock(self, stage: Stage, key: str) -> int | None:
