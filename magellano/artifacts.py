@@ -99,8 +99,9 @@ class Store:
     def find(self, stage: Stage, key: str) -> ArtifactRef | None:
         """The artifact if it is there and sound. A damaged one is set aside with a warning, and is not there."""
         ref, why = self._check(stage, key)
-        if why is None:
-            return ref
+        old = self._folder(stage, durable.TEMPORARY + key + _OLD)
+        if why is None and (ref is not None or not (old.exists() or self._folder(stage, key).exists())):
+            return ref  # found; or not there, and not because it was just being replaced
         with self._locked(stage, key):  # nobody builds it now; look again, it may have been replaced meanwhile
             return self._find_locked(stage, key)
 
@@ -202,7 +203,7 @@ class Store:
         for folder in self._folder(stage, "").glob(durable.TEMPORARY + "*"):
             key = folder.name.removeprefix(durable.TEMPORARY).removesuffix(_OLD)
             lock = None if key == ours else self._try_lock(stage, key)
-            if key == ours or lock is not None:
+            if (key == ours or lock is not None) and folder.exists():  # else its builder has just finished
                 log.warning("removing %s, left by a process that died", folder)
                 shutil.rmtree(folder)
             if lock is not None:
