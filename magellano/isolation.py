@@ -30,6 +30,7 @@ from magellano.signals import StopRequest
 log = logging.getLogger(__name__)
 
 RECORD = "faults.json"  # in the work folder: what was survived so far, so that the next start does not try it again
+PATIENCE = 20.0  # seconds to save in where this process must end; Prefect kills 30 s after it cancels
 TAIL = 200  # of the child's last lines that tell what it died of
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
@@ -216,15 +217,23 @@ class _Child:
                     last = message
             code = self._process.wait()
         finally:
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
+            self._end()
             self._echo.join(10)
             self._messages.close()
             _close(self._process.stdin)
         if "result" in last:
             return _End(self._step, facts=last["result"])
         return self._of_error(last["error"]) if "error" in last else self._of_death(code)
+
+    def _end(self) -> None:
+        """Where following was broken off: as on a signal, but bounded."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     def _of_error(self, error: dict[str, Any]) -> _End:
         text = " ".join(error["text"].split()) or error["type"]

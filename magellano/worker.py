@@ -128,11 +128,13 @@ def _be_the_first_to_go() -> None:
 
 
 def _test_fault(spec: str, step: int, attempt: int) -> None:
-    """`KIND@STEP[#ATTEMPT][,...]`: fail so after that step, before its checkpoint; in every attempt, or in that one."""
+    """`KIND@STEP[#ATTEMPT][,...]`: fail so after that step (`*`: each), before its checkpoint; in every attempt, or in
+    that one.
+    """
     for fault in spec.split(","):
         kind, _, where = fault.partition("@")
         at, _, only = where.partition("#")
-        if int(at) != step or (only and int(only) != attempt):
+        if at not in ("*", str(step)) or (only and int(only) != attempt):
             continue
         match kind:
             case "memory":
