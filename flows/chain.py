@@ -14,7 +14,7 @@ from magellano.artifacts import ArtifactRef
 from magellano.errors import InputError
 from magellano.names import BaseSource, Stage
 from magellano.profile import Profile, load_profile
-from tasks import stage, terminal
+from tasks import presence, stage, terminal
 from tasks.attach_lora import attach_lora
 from tasks.checkpoint import checkpoint
 from tasks.evaluate import evaluate
@@ -44,6 +44,7 @@ class Chain:
 
     def __init__(self, profile: str, overrides: dict[str, Any], rerun: Iterable[Stage] = ()) -> None:
         terminal.show_logs()
+        presence.announce()
         self.profile: Profile = load_profile(profile, overrides)
         self._again = pipeline.with_dependents(rerun)
         self._done: list[Done] = []

@@ -100,6 +100,16 @@ def put_back(parent: Path) -> None:
             old.rename(final)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Give the file `path` this text, the owner's alone, whole or not at all."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.chmod(0o600)
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
 def damage(folder: Path, name: str, deep: bool = True) -> str | None:
     """Why the sealed `folder` cannot be trusted, or None. `deep` hashes; else sizes alone are compared."""
     try:

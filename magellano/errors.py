@@ -41,3 +41,11 @@ class Stopped(Exception):
     """Training stopped on a signal after saving its state; the next start continues from there."""
 
     exit_code = ExitCode.RESUMABLE
+
+
+class Aborted(RuntimeError):
+    """The process that trains died of something that is neither memory nor a signal to stop, twice. The next start
+    continues from its last checkpoint.
+    """
+
+    exit_code = ExitCode.FAILED

@@ -17,6 +17,15 @@ class Stage(StrEnum):
     EVALUATE = "evaluate"
 
 
+class Fault(StrEnum):
+    """Why a process that trains ended without a result."""
+
+    MEMORY = "out of memory"
+    GPU = "GPU fault"
+    KILLED = "killed"
+    CRASHED = "crashed"
+
+
 class LayerKind(StrEnum):
     """What the mixer of a layer is."""
 

@@ -1,20 +1,11 @@
 """Against a real Prefect server and worker on loopback: deploy, run, read states and artifacts back through the API."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -28,110 +19,19 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import StateType
-from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.workers.process import ProcessWorker
 
 from magellano.names import Stage
+from tests.flows.site import POOL, SHORT, Site, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).parent.parent.parent
-POOL = "gpu"
 DEPLOYMENTS = {
     *(f"train/{p}" for p in ("demo", "phase1", "phase2", "phase3", "production3b")),
     "pretrain/demo",
     "pretrain/phase1",
     *(f"stages/{stage}" for stage in Stage),
 }
-SHORT = {
-    "model.d_model": 32, "model.n_layers": 4, "model.d_ff": 32, "data.max_rows": 60, "pretrain.data.max_rows": 40,
-    "train.steps": 2, "train.warmup": 1, "train.batch": 2, "evaluate.samples": 1, "evaluate.sample_tokens": 4,
-    "evaluate.max_tokens": 256, "pretrain.train.steps": 2, "pretrain.train.warmup": 1, "pretrain.train.batch": 2,
-}  # fmt: skip
 TASKS = {"tokenize", "tokenize for pretrain", "pretrain", "quantize", "attach_lora", "train", "checkpoint", "evaluate"}
-
-T = TypeVar("T")
-
-
-def wait(what: str, ask: Callable[[], T | None], seconds: float = 120) -> T:
-    """The first answer that is something."""
-    deadline = time.monotonic() + seconds
-    while not (answer := ask()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.5)
-    return answer
-
-
-class Site:
-    """A server, the pool, all deployments and a worker, in a folder of their own."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.folder, self.url = folder, f"http://127.0.0.1:{port}/api"
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-        self.env = inherited | {
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_API_URL": self.url,
-            "PREFECT_SERVER_API_PORT": str(port),
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",  # the default minute would be waited for
-            "MAGELLANO_HOME": str(folder / "home"),
-        }
-        (folder / "prefect").mkdir()
-        self._processes: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
-
-    def start(self, *arguments: str) -> None:
-        log = (self.folder / f"{arguments[0]}.log").open("wb")
-        command = [sys.executable, "-m", "prefect", *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        self._processes.append((process, log))
-
-    def prefect(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(self.url + "/health", timeout=2) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-    def stop(self) -> None:
-        for process, log in reversed(self._processes):
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            log.close()
-
-    def tail(self) -> str:
-        return "\n".join(p.read_text(errors="replace")[-3000:] for p in self.folder.glob("*.log"))
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    site = Site(tmp_path_factory.mktemp("site"))
-    try:
-        site.start("server", "start")
-        wait("the server", site.healthy)
-        yield site
-    finally:
-        site.stop()
-
-
-@pytest.fixture(scope="module")
-def client(site: Site) -> Iterator[SyncPrefectClient]:
-    with temporary_settings({PREFECT_API_URL: site.url}), get_client(sync_client=True) as client:
-        template = ProcessWorker.get_default_base_job_template()
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
-        site.prefect("deploy", "--all")
-        yield client
 
 
 def run(site: Site, client: SyncPrefectClient, **parameters: Any) -> UUID:
@@ -170,6 +70,9 @@ def test_deploy_all_stores_every_deployment(client: SyncPrefectClient) -> None:
     flows = {f.id: f.name for f in client.read_flows()}
     assert {f"{flows[d.flow_id]}/{d.name}" for d in client.read_deployments()} == DEPLOYMENTS
     assert {d.work_pool_name for d in client.read_deployments()} == {POOL}
+    assert not any(d.global_concurrency_limit for d in client.read_deployments()), (
+        "it would kill runs, see prefect.yaml"
+    )
 
 
 def test_a_cron_deployment_gets_its_scheduled_runs(client: SyncPrefectClient) -> None:
