@@ -276,7 +276,7 @@ def full(subject: Subject, share: Share) -> Row:
                 row.tries += 1
                 told_as[told.split(":")[0]] += 1
                 row.check(not wrong, f"{left} pages free: {wrong}")
-                if isinstance(subject, Stopped) and left > 2 and told != "done":
+                if isinstance(subject, Save | Stopped) and left > 2 and told != "done":
                     clear = re.match(r"DiskFull: .*the disk is full: at least [\d,]+ bytes are needed and", told)
                     row.check(clear, f"{left} pages free: not told clearly: {told[:300]}")
         finally:

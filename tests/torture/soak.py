@@ -19,7 +19,7 @@ RUNS, WARM = 200, 10
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 RSS_GROWTH = 24 * MIB  # from the first runs to the last, allocators' and caches' noise included
-LEFT = 40_000  # bytes a run that may stay on the disk: Prefect's own records of it
+RESULTS, RECORDS = 20_000, 300_000  # bytes a run that may stay: references to artifacts; Prefect's database
 
 
 def part(share: Share) -> Iterator[Row]:
@@ -52,12 +52,13 @@ def judge(row: Row, seen: list[dict[str, Any]]) -> None:
     row.check(growth["handles"] <= 2, f"{growth['handles']} more file handles")
     row.check(growth["threads"] <= 2, f"{growth['threads']} more threads")
     row.check(growth["store"] == 0, f"artifacts, locks and work grew by {growth['store']:,} bytes")
-    row.check(growth["records"] / runs < LEFT, f"Prefect's records grew by {growth['records'] / runs:,.0f} bytes a run")
+    for key, most in (("results", RESULTS), ("database", RECORDS)):
+        row.check(growth[key] / runs < most, f"Prefect's {key} grew by {growth[key] / runs:,.0f} bytes a run")
     row.check(growth["mlx"] < 4 * MIB, f"MLX's cache and live arrays grew by {growth['mlx']:,} bytes")
     row.note = (
         f"from run {warm + 1} to {len(seen)}: resident {after['rss'] / MIB:.0f} to {last['rss'] / MIB:.0f} MiB, handles "
-        f"{after['handles']} to {last['handles']}, store {growth['store']:+,} bytes, Prefect's records "
-        f"{growth['records'] / runs:+,.0f} bytes a run"
+        f"{after['handles']} to {last['handles']}, store {growth['store']:+,} bytes, Prefect's results "
+        f"{growth['results'] / runs:+,.0f} and database {growth['database'] / runs:+,.0f} bytes a run"
     )
 
 
@@ -84,7 +85,8 @@ def main(runs: int, folder: Path) -> None:
             "handles": len(os.listdir("/proc/self/fd")),
             "threads": len(os.listdir("/proc/self/task")),
             "store": size(home / "artifacts", home / "locks", home / "work"),
-            "records": size(home / "results", home / "prefect"),
+            "results": size(home / "results"),
+            "database": size(home / "prefect"),
             "mlx": mx.get_cache_memory() + mx.get_active_memory(),
         }
         print(json.dumps(facts), flush=True)
