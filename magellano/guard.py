@@ -83,10 +83,11 @@ class Guard:
         whose state is untouched by any that is new among them. Raises Diverged where that has been done too often.
         """
         known, first = set(self.passed), min(trouble.steps)
-        before = first
-        while before in known or before - 1 in known:
+        before = first if first in known else first - 1
+        while before in known:
             before -= 1
-        new = {step for step in (*trouble.steps, before) if step >= 1} - known
+        returned = first in known or before < first - 1
+        new = {step for step in (*trouble.steps, *([before] if returned else [])) if step >= 1} - known
         if len(self.rollbacks) >= ROLLBACKS or not new:
             raise Diverged(
                 f"step {trouble.steps[-1]}: {trouble.why}, and the training was set back {len(self.rollbacks)} times "

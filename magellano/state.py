@@ -80,12 +80,9 @@ def latest(folder: Path, at_most: int | None = None) -> Found | None:
     for path in reversed(by_step(folder)):
         if (at_most is None or _step(path) <= at_most) and _sound(path):
             try:
-                parameters, optimizer = load_file(path / PARAMETERS), load_file(path / OPTIMIZER)
+                return _read(path)
             except InputError as e:
                 _set_aside(path, str(e))
-                continue
-            mx.eval(parameters, optimizer)  # mx.load is lazy
-            return Found(_step(path), parameters, optimizer, _seal(path))
     return None
 
 
@@ -142,6 +139,12 @@ def _rotate(folder: Path, newest: Path) -> None:
             sound += _sound(path)
         elif top is None or path != top[0]:
             shutil.rmtree(path)
+
+
+def _read(path: Path) -> Found:
+    parameters, optimizer = load_file(path / PARAMETERS), load_file(path / OPTIMIZER)
+    mx.eval(parameters, optimizer)  # mx.load is lazy
+    return Found(_step(path), parameters, optimizer, _seal(path))
 
 
 def _sound(path: Path) -> bool:

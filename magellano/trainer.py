@@ -287,7 +287,8 @@ class _Run:
             trained += 1
             if t.step % c.log_every == 0 or t.step == 1 or t.step == c.steps or m.skipped:
                 self.metrics(asdict(m))
-            self.progress(t.step, c.steps, loss=m.loss, tokens_per_s=m.tokens_per_s, peak_gib=m.peak_gib)
+            facts = {"loss": m.loss, "tokens_per_s": m.tokens_per_s, "peak_gib": m.peak_gib}
+            self.progress(t.step, c.steps, **{k: v for k, v in facts.items() if math.isfinite(v)})
             self._settle()
         seconds = time.perf_counter() - started
         return {

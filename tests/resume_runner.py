@@ -2,8 +2,8 @@
 prints what came of it as JSON. This process itself computes nothing, so that its forks can.
 
 A fork is killed after a random time or, every second time, at a random one of the operations that saves consist of, or
-halfway through the writing of a file. A scenario's "poison" are steps whose loss is NaN whenever their batch is trained; "scale" is the
-loss scale that float16 starts with.
+halfway through the writing of a file. A scenario's "poison" are steps whose loss is NaN whenever their batch is
+trained; "scale" is the loss scale that float16 starts with.
 """
 
 import ctypes
@@ -112,6 +112,10 @@ def train(tokens: Path, work: Path, scenario: dict[str, Any]) -> int:
 
 
 def fork(work: Path, scenario: dict[str, Any], tokens: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    return fork_for(lambda: train(tokens, work, scenario), prepare)
+
+
+def fork_for(task: Callable[[], int], prepare: Callable[[], None] = lambda: None) -> int:
     MARKS[:16] = bytes(16)
     if pid := os.fork():
         return pid
@@ -119,7 +123,7 @@ def fork(work: Path, scenario: dict[str, Any], tokens: Path, prepare: Callable[[
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # a fork dies with this process
         prepare()
-        code = train(tokens, work, scenario)
+        code = task()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -199,6 +203,40 @@ def stopped(work: Path, scenario: dict[str, Any], tokens: Path, rng: random.Rand
     return {"codes": codes, "seconds": max(seconds, default=0.0), "unsound": unsound(work), **outcome(work)}
 
 
+def save_three(folder: Path, only_last: bool = False) -> int:
+    """Checkpoints of steps 1, 2 and 3, the last one marked as a trainer's is."""
+    for step in (3,) if only_last else (1, 2, 3):
+        mark(1, step == 3)
+        tensors = {"a": mx.full((500,), step)}
+        state.save(folder, step, tensors, tensors, {})
+    return 0
+
+
+def died_at_every_operation(folder: Path) -> list[dict[str, Any]]:
+    """Of a save that died at its first, second, ... operation: what stands there, what the next start takes, and what
+    is left once it has saved again.
+    """
+    told = []
+    while True:
+        work, number = folder / str(len(told)), len(told)
+        status = ended(fork_for(lambda w=work: save_three(w), lambda n=number: hook_saves(n, lambda: None)))
+        if status == 0:
+            return told
+        assert status == -signal.SIGKILL
+        odd = unsound(work)
+
+        def start(work: Path = work) -> int:
+            state.remove_leftovers(work)
+            found = state.latest(work)
+            assert found is not None
+            assert found.parameters["a"].tolist() == [found.step] * 500
+            return found.step
+
+        took = ended(fork_for(start))
+        assert ended(fork_for(lambda w=work: save_three(w, only_last=True))) == 0
+        told.append({"unsound": odd, "took": took, "left": sorted(p.name for p in work.iterdir())})
+
+
 def main() -> None:
     folder, scenarios = Path(sys.argv[1]), json.load(sys.stdin)
     tokens, found = make_tokens(folder / "tokens"), {}
@@ -218,6 +256,7 @@ def main() -> None:
             found[name]["killed"] = killed(work / "killed", scenario, tokens, rng, (seconds, marks()[0]))
         if "stops" in scenario:
             found[name]["stopped"] = stopped(work / "stopped", scenario, tokens, rng)
+    found["every operation"] = died_at_every_operation(folder)
     json.dump(found, sys.stdout)
 
 

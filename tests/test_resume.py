@@ -71,3 +71,12 @@ def test_the_scenarios_hold_what_they_are_for(found: dict[str, Any]) -> None:
     assert found["float16"]["whole"]["skipped"] > 1
     assert [event["step"] for event in found["rollbacks"]["whole"]["rollbacks"]] == [7, 13]
     assert len({found[name]["whole"]["adapter"] for name in SCENARIOS}) == 3
+
+
+def test_a_save_that_died_at_any_of_its_operations_leaves_the_one_before_or_itself(found: dict[str, Any]) -> None:
+    outcomes = found["every operation"]
+    assert len(outcomes) > 15
+    assert {case["took"] for case in outcomes} == {2, 3}
+    for case in outcomes:
+        assert case["unsound"] == []
+        assert case["left"] == ["step-000000002", "step-000000003"]
