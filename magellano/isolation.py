@@ -47,8 +47,7 @@ def run(
     """
     durable.private_folder(work)
     asked, survived, retried = _section(stage, profile), _Survived(work / RECORD), False
-    signals = _Signals()
-    with signals:
+    with _Signals() as signals:
         for attempt in itertools.count(1):
             batch, accumulate = survived.sizes or (asked.batch, asked.accumulate)
             request = {
@@ -157,6 +156,12 @@ class _Signals(StopRequest):
     """SIGTERM and SIGINT are handed on to the child, once; it saves and ends."""
 
     process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "_Signals":
+        super().__enter__()
+        for number in self._former:
+            signal.siginterrupt(number, True)  # this process waits in a read: the handler must not wait for its end
+        return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self.requested = not self.requested, True

@@ -31,7 +31,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 from prefect.types._datetime import now
 
-from magellano import artifacts, files
+from magellano import artifacts, files, turns
 from magellano.errors import InputError
 from tasks import background
 
@@ -43,6 +43,7 @@ _held: list[int] = []  # this process's descriptor: closing it, or dying, frees 
 
 def announce() -> None:
     """Say that the current flow run lives in this process, then settle what died and what was missed before it."""
+    turns.give()
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return
@@ -135,7 +136,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """What `_hold` wrote; None, with a warning, for anything else."""
     try:
         facts = files.read_json(path, "it is removed")
-        UUID(facts["flow_run"])
+        UUID(str(facts["flow_run"]))
         return {name: facts[name] for name in ("flow_run", "attempt", "machine", "server")}
     except (InputError, KeyError, ValueError) as e:
         log.warning("%s: not the record of a run (%s); removing it", path, files.told(e))
