@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from magellano import signals
 from magellano.commands import COMMANDS
 from magellano.errors import Aborted, DiskFull, ExitCode, InputError, OutOfMemory, Stopped
 
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
+        if code is ExitCode.RESUMABLE:
+            signals.hold_off()  # what Prefect started is ended yet: a second signal must not change the exit code
         return _fail(str(error) or type(error).__name__, code)
 
 

@@ -22,8 +22,8 @@ def require(folder: Path, need: int) -> None:
 
 @contextmanager
 def told_when_full(folder: Path, need: int | None = None) -> Iterator[None]:
-    """Turn a failure for lack of space under `folder`, which may have got its final name meanwhile, into DiskFull. `need`:
-    bytes that had to be free, where that is known.
+    """Turn a failure for lack of space under `folder`, which may have got its final name meanwhile, into DiskFull.
+    `need`: bytes that had to be free, where that is known.
     """
     try:
         yield

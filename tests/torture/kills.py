@@ -26,9 +26,7 @@ def part(share: Share) -> Iterator[Row]:
         victim = Victim(folder, rig.uninterrupted(folder, marks), marks, random.Random(share.seed))
         yield victim.kills("SIGKILL in each stage, at random", share.of(KILLS, 12), victim.in_a_stage)
         inside = "SIGKILL inside a checkpoint's save"
-        yield victim.kills(
-            inside, share.of(IN_SAVE, 6), victim.in_a_save, Stage.CHECKPOINT, lambda: marks.writing == 1
-        )
+        yield victim.kills(inside, share.of(IN_SAVE, 6), victim.in_a_save, Stage.CHECKPOINT, lambda: marks.writing == 1)
         yield victim.signals(share.of(40, 3))
 
 
@@ -157,4 +155,3 @@ class Victim:
         row.note = f"stopped within {slowest:.2f} s"
         row.check(slowest < 10, row.note)
         return row
-

@@ -27,7 +27,7 @@ CONTROLS = {
     "a DNS question": "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.53', 53))",
     "an IPv6 connection": "s = socket.socket(socket.AF_INET6); s.setblocking(False); s.connect_ex(('2001:db8::1', 443))",
     "a child's connection": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import socket; "
-    "s = socket.socket(); s.setblocking(False); s.connect_ex((\"192.0.2.7\", 80))'])",
+    's = socket.socket(); s.setblocking(False); s.connect_ex(("192.0.2.7", 80))\'])',
     "a thread's connection": "import threading; t = threading.Thread(target=lambda: socket.socket(type=socket.SOCK_DGRAM)"
     ".connect(('192.0.2.8', 1))); t.start(); t.join()",
 }
@@ -59,7 +59,21 @@ class Seen:
 
 def traced(command: list[str], folder: Path, environment: dict[str, str], seconds: float) -> Seen:
     log = folder / "strace.log"
-    full = ["strace", "-f", "-qq", "--seccomp-bpf", "-s", "0", "-e", TRACED, "-e", "signal=none", "-o", str(log), *command]
+    full = [
+        "strace",
+        "-f",
+        "-qq",
+        "--seccomp-bpf",
+        "-s",
+        "0",
+        "-e",
+        TRACED,
+        "-e",
+        "signal=none",
+        "-o",
+        str(log),
+        *command,
+    ]
     status, said = _run(full, environment, seconds)
     outside, loopback = [], 0
     with log.open(errors="replace") as lines:
@@ -124,11 +138,25 @@ def both(what: str, level: str, commands: list[list[str]], folder: Path, seconds
     """In a namespace with nothing but loopback; then traced in a normal one."""
     row = Row(f"no network at all: {what}", f"{level}, in a network namespace")
     probe = "import os, sys; sys.exit(sorted(os.listdir('/sys/class/net')) != ['lo'])"
-    inside = ["unshare", "-n", "--mount", "sh", "-c", "mount -t sysfs sysfs /sys && ip link set lo up && exec \"$@\"", "-"]
-    if not shutil.which("unshare") or not shutil.which("ip") or subprocess.run([*inside, "true"], capture_output=True).returncode:
+    inside = [
+        "unshare",
+        "-n",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t sysfs sysfs /sys && ip link set lo up && exec "$@"',
+        "-",
+    ]
+    if (
+        not shutil.which("unshare")
+        or not shutil.which("ip")
+        or subprocess.run([*inside, "true"], capture_output=True).returncode
+    ):
         row.skipped = "may not make a network namespace"
     else:
-        row.check(_run([*inside, sys.executable, "-c", probe], dict(os.environ), 60)[0] == 0, "more than loopback in it")
+        row.check(
+            _run([*inside, sys.executable, "-c", probe], dict(os.environ), 60)[0] == 0, "more than loopback in it"
+        )
         for command in commands:
             row.tries += 1
             status, said = _run([*inside, *command], cli.environment(folder / "alone"), seconds)
