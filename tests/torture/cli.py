@@ -1,4 +1,4 @@
-"""The command line itself, `magellano train`, in processes of its own: killed, stopped, started twice, on a full disk."""
+"""The command line itself, `magellano train`, in its own processes: killed, stopped, several at once, a full disk."""
 
 import json
 import os
@@ -67,7 +67,7 @@ class Command:
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self.out, self.err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 (they end with it)
         self.process = subprocess.Popen(
             command(self.profile, *self.sets), cwd=ROOT, env=environment(self.home), stdin=subprocess.DEVNULL,
             stdout=self.out, stderr=self.err, start_new_session=True,

@@ -23,7 +23,7 @@ def part(share: Share) -> Iterator[Row]:
 
 
 def contended(home: Path, share: Share) -> Row:
-    """Two to eight processes a build; in half of the builds a holder of the lock is killed, or two one after another."""
+    """Two to eight processes a build; in half of the builds a holder of the lock is killed, or two in turn."""
     row = Row("contended builds, holders killed", "Store.build by 2 to 8 processes")
     rng, processes, killed, slowest = random.Random(share.seed), 0, 0, 0.0
     for number in range(share.of(BUILDS, 8)):

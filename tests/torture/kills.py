@@ -134,14 +134,14 @@ class Victim:
             row.check(False, f"left at the end: {line}")
 
     def signals(self, wanted: int) -> Row:
-        """SIGTERM or SIGINT while a step runs, and once more at once: the state is saved and the next start ends alike."""
+        """SIGTERM or SIGINT while a step runs, and again at once: the state is saved, the next start ends alike."""
         row = Row("SIGTERM or SIGINT, then a second one", LEVEL)
         slowest = 0.0
         for _ in range(wanted):
             self._new_home()
             pid, at = self.start(), self.rng.randrange(rig.STEPS - 1)
             stage = self.rng.choice(rig.TRAINING)
-            self._until(pid, lambda: self.marks.saved(stage) >= at)
+            self._until(pid, lambda stage=stage, at=at: self.marks.saved(stage) >= at)  # type: ignore[misc]
             sent = time.monotonic()
             for _ in range(2):
                 os.kill(pid, self.rng.choice((signal.SIGTERM, signal.SIGINT)))

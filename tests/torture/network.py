@@ -25,11 +25,11 @@ CONTROLS = {
     "a TCP connection": "s = socket.socket(); s.setblocking(False); s.connect_ex(('192.0.2.1', 443))",
     "a UDP datagram": "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 9))",
     "a DNS question": "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.53', 53))",
-    "an IPv6 connection": "s = socket.socket(socket.AF_INET6); s.setblocking(False); s.connect_ex(('2001:db8::1', 443))",
+    "an IPv6 connection": "s = socket.socket(socket.AF_INET6); s.setblocking(0); s.connect_ex(('2001:db8::1', 443))",
     "a child's connection": "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import socket; "
     's = socket.socket(); s.setblocking(False); s.connect_ex(("192.0.2.7", 80))\'])',
-    "a thread's connection": "import threading; t = threading.Thread(target=lambda: socket.socket(type=socket.SOCK_DGRAM)"
-    ".connect(('192.0.2.8', 1))); t.start(); t.join()",
+    "a thread's connection": "import threading; t = threading.Thread(target=lambda: "
+    "socket.socket(type=socket.SOCK_DGRAM).connect(('192.0.2.8', 1))); t.start(); t.join()",
 }
 LOCAL = "s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname()); socket.socketpair()"
 SERVER_TEST = "tests/flows/test_server.py"
@@ -59,22 +59,8 @@ class Seen:
 
 def traced(command: list[str], folder: Path, environment: dict[str, str], seconds: float) -> Seen:
     log = folder / "strace.log"
-    full = [
-        "strace",
-        "-f",
-        "-qq",
-        "--seccomp-bpf",
-        "-s",
-        "0",
-        "-e",
-        TRACED,
-        "-e",
-        "signal=none",
-        "-o",
-        str(log),
-        *command,
-    ]
-    status, said = _run(full, environment, seconds)
+    strace = ["strace", "-f", "-qq", "--seccomp-bpf", "-s", "0", "-e", TRACED, "-e", "signal=none", "-o", str(log)]
+    status, said = _run([*strace, *command], environment, seconds)
     outside, loopback = [], 0
     with log.open(errors="replace") as lines:
         for line in lines:
@@ -138,25 +124,14 @@ def both(what: str, level: str, commands: list[list[str]], folder: Path, seconds
     """In a namespace with nothing but loopback; then traced in a normal one."""
     row = Row(f"no network at all: {what}", f"{level}, in a network namespace")
     probe = "import os, sys; sys.exit(sorted(os.listdir('/sys/class/net')) != ['lo'])"
-    inside = [
-        "unshare",
-        "-n",
-        "--mount",
-        "sh",
-        "-c",
-        'mount -t sysfs sysfs /sys && ip link set lo up && exec "$@"',
-        "-",
-    ]
-    if (
-        not shutil.which("unshare")
-        or not shutil.which("ip")
-        or subprocess.run([*inside, "true"], capture_output=True).returncode
-    ):
+    setup = 'mount -t sysfs sysfs /sys && ip link set lo up && exec "$@"'
+    inside = ["unshare", "-n", "--mount", "sh", "-c", setup, "-"]
+    tools = shutil.which("unshare") and shutil.which("ip")
+    if not tools or subprocess.run([*inside, "true"], capture_output=True).returncode:
         row.skipped = "may not make a network namespace"
     else:
-        row.check(
-            _run([*inside, sys.executable, "-c", probe], dict(os.environ), 60)[0] == 0, "more than loopback in it"
-        )
+        alone = _run([*inside, sys.executable, "-c", probe], dict(os.environ), 60)[0] == 0
+        row.check(alone, "there is more than loopback in the namespace")
         for command in commands:
             row.tries += 1
             status, said = _run([*inside, *command], cli.environment(folder / "alone"), seconds)

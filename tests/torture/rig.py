@@ -91,7 +91,7 @@ def write_profile(folder: Path) -> Path:
 
 
 class Marks:
-    """What a child was doing, readable after its death: stage, inside a save, steps saved and resumed, its last words."""
+    """What a child was doing, readable after its death: stage, what it writes, steps saved and resumed, words."""
 
     SIZE, WORDS = 1 << 16, 64
 

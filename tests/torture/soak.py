@@ -56,8 +56,8 @@ def judge(row: Row, seen: list[dict[str, Any]]) -> None:
         row.check(growth[key] / runs < most, f"Prefect's {key} grew by {growth[key] / runs:,.0f} bytes a run")
     row.check(growth["mlx"] < 4 * MIB, f"MLX's cache and live arrays grew by {growth['mlx']:,} bytes")
     row.note = (
-        f"from run {warm + 1} to {len(seen)}: resident {after['rss'] / MIB:.0f} to {last['rss'] / MIB:.0f} MiB, handles "
-        f"{after['handles']} to {last['handles']}, store {growth['store']:+,} bytes, Prefect's results "
+        f"from run {warm + 1} to {len(seen)}: resident {after['rss'] / MIB:.0f} to {last['rss'] / MIB:.0f} MiB, "
+        f"handles {after['handles']} to {last['handles']}, store {growth['store']:+,} bytes, Prefect's results "
         f"{growth['results'] / runs:+,.0f} and database {growth['database'] / runs:+,.0f} bytes a run"
     )
 
