@@ -94,6 +94,7 @@ class Victim:
         if not self._until(pid, ready):
             return False
         deadline = time.monotonic() + self.rng.random() * within
+        time.sleep(max(0.0, deadline - time.monotonic() - 0.002))
         while time.monotonic() < deadline:
             pass  # a sleep is too coarse for a save of a few milliseconds
         os.kill(pid, signal.SIGKILL)
