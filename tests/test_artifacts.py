@@ -16,7 +16,7 @@ import pytest
 from magellano import artifacts, durable, pipeline
 from magellano.artifacts import ASIDE, MANIFEST, ArtifactRef, Built, Store, stage_key
 from magellano.errors import DiskFull
-from magellano.names import LoraTarget, Stage
+from magellano.names import METRICS, LoraTarget, Stage
 from magellano.profile import load_profile
 
 STAGE, KEY = Stage.QUANTIZE, "k" * 32
@@ -85,6 +85,21 @@ def test_digest_is_of_the_content_alone(store, tmp_path):
     same = other.build(Stage.TRAIN, "z" * 32, version=7, inputs={}, config={}, make=Maker())
     assert same.ref.digest == build(store, Maker()).ref.digest
     assert build(store, Maker("other"), key="o" * 32).ref.digest != same.ref.digest
+
+
+def test_measured_times_are_not_part_of_a_reference(store, tmp_path):
+    """Releases record the references of what they came from: a rerun that took longer must give the same release."""
+
+    def make(seconds: float):
+        def write(out: Path) -> dict[str, object]:
+            (out / METRICS).write_text(json.dumps({"seconds": seconds}))
+            (out / "weights").write_text("w")
+            return {}
+
+        return write
+
+    first = build(store, make(1.0)).ref
+    assert build(store, make(1234.5678), rerun="again").ref == first
 
 
 def test_a_moved_home_keeps_its_artifacts(store, tmp_path):

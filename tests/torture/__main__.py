@@ -3,7 +3,8 @@
     --share 0.1     a tenth of each part's tries (default: all)
     --minutes 2     as large a share of the short parts as takes about so long on two cores
     --only PART     one part alone, as often as wanted
-    --json          one JSON object instead of the table
+    --json          a JSON list instead of the table
+    --show FILE...  run nothing: the table of what earlier runs printed with --json
 
 Ends with 1 where an outcome was wrong.
 """
@@ -11,6 +12,7 @@ Ends with 1 where an outcome was wrong.
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from tests.torture import cli, contention, damage, faults, kills, network, soak, suites
@@ -55,7 +57,11 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=PLAN, default=[])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--show", nargs="+", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if args.show:
+        print(table([Row(**facts) for path in args.show for facts in json.loads(path.read_text(encoding="utf-8"))]))
+        return 0
     share = Share(args.share, args.seed) if args.minutes is None else share_of(args.minutes)
     chosen = args.only or [name for name, planned in PLAN.items() if args.minutes is None or planned.short]
     rows: list[Row] = []
