@@ -16,7 +16,7 @@ from magellano.artifacts import ArtifactRef
 from magellano.errors import InputError
 from magellano.names import BaseSource, Decision, RunState, Stage
 from magellano.profile import Profile, load_profile
-from tasks import publish, stage, terminal
+from tasks import presence, publish, stage, terminal
 from tasks.attach_lora import attach_lora
 from tasks.checkpoint import checkpoint
 from tasks.evaluate import evaluate
@@ -48,6 +48,7 @@ class Chain:
 
     def __init__(self, profile: str, overrides: dict[str, Any], rerun: Iterable[Stage] = ()) -> None:
         terminal.show_logs()
+        presence.announce()
         self.profile: Profile = load_profile(profile, overrides)
         self._asked = {"profile": profile, "overrides": overrides, "rerun": [str(stage) for stage in rerun]}
         self._again = pipeline.with_dependents(rerun)

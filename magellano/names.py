@@ -36,6 +36,15 @@ class Decision(StrEnum):
     ROLLED_BACK = "rolled back to"
 
 
+class Fault(StrEnum):
+    """Why a process that trains ended without a result."""
+
+    MEMORY = "out of memory"
+    GPU = "GPU fault"
+    KILLED = "killed"
+    CRASHED = "crashed"
+
+
 class LayerKind(StrEnum):
     """What the mixer of a layer is."""
 

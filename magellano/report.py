@@ -130,6 +130,19 @@ def stages(run: dict[str, Any]) -> Table:
     return Table("Stages", ("stage", "", "time", "tokens/s", "peak memory"), tuple(rows))
 
 
+def survived(run: dict[str, Any]) -> list[Table]:
+    """What went wrong while a run trained and what was done about it; nothing where nothing did."""
+    rows = []
+    for stage in run["stages"]:
+        for fault in stage["summary"].get("faults", ()):
+            batch, accumulate = fault["then"]
+            smaller = f"{batch} x {accumulate} for {fault['batch']} x {fault['accumulate']}, the same gradient"
+            then = "once more" if batch == fault["batch"] else f"micro-batches of {smaller}"
+            rows.append((stage["stage"], f"{fault['after_step']:,}", fault["fault"], then, _short(fault["told"], 120)))
+    columns = ("stage", "after step", "fault", "from the last checkpoint on", "told")
+    return [Table("Survived", columns, tuple(rows), numbers=False)] if rows else []
+
+
 def accounting(run: dict[str, Any]) -> list[Table]:
     """For each tokenize stage of a run, what became of every row and token, in two lines that balance."""
     return [_books(s["stage"], s["summary"]["accounting"]) for s in run["stages"] if "accounting" in s["summary"]]
@@ -168,7 +181,7 @@ def show_run(run: dict[str, Any], console: "Console") -> None:
 
     `run` is what a flow returns: {"profile": name, "stages": [{"stage", "state", "seconds", "path", "summary"}, ...]}.
     """
-    for table in (*accounting(run), stages(run)):
+    for table in (*accounting(run), stages(run), *survived(run)):
         table.show(console)
     if (evaluation := _evaluation(run)) is not None:
         show_evaluation(evaluation, console)
@@ -180,7 +193,7 @@ def show_run(run: dict[str, Any], console: "Console") -> None:
 def run_markdown(run: dict[str, Any]) -> str:
     """The same as a page for Prefect's UI."""
     places = facts("Where it lies", {name: str(path) for name, path in run_places(run).items()})
-    tables = [stages(run), *accounting(run), _made_from(run), places]
+    tables = [stages(run), *survived(run), *accounting(run), _made_from(run), places]
     parts = [f"# {run['profile']}", *(table.markdown() for table in tables)]
     if (evaluation := _evaluation(run)) is not None:
         parts.insert(1, evaluation_markdown(evaluation))

@@ -45,7 +45,13 @@ def run_report(run: dict[str, Any]) -> None:
 
 def facts_table(summary: dict[str, Any], ref: ArtifactRef, folder: Path, reused: bool) -> list[dict[str, str]]:
     """Rows of name and value: the summary's plain values (nested ones by dotted name), then where the artifact lies."""
-    rows = {**_leaves(summary), "state": "reused" if reused else "built", "key": ref.key, "digest": ref.digest}
+    faults = report.survived({"stages": [{"stage": ref.stage.value, "summary": summary}]})
+    told = {
+        f"survived {n}": ", ".join(("after step " + row[1], *row[2:]))
+        for table in faults
+        for n, row in enumerate(table.rows, 1)
+    }
+    rows = {**_leaves(summary), **told, "state": "reused" if reused else "built", "key": ref.key, "digest": ref.digest}
     rows |= {"bytes": f"{ref.bytes:,}", "folder": str(folder)}
     return [{"fact": name, "value": value} for name, value in rows.items()]
 

@@ -137,6 +137,26 @@ def test_the_end_of_a_run_as_markdown(tmp_path: Path):
         assert part in page
 
 
+FAULTS = [
+    {"fault": "out of memory", "after_step": 1200, "told": "SIGABRT", "batch": 4, "accumulate": 1, "then": [2, 2]},
+    {"fault": "GPU fault", "after_step": 1300, "told": "hang", "batch": 2, "accumulate": 2, "then": [2, 2]},
+]
+
+
+def test_faults_that_were_survived_are_told(tmp_path: Path):
+    assert report.survived(run(tmp_path)) == []
+    assert "Survived" not in terminal(report.show_run, run(tmp_path))
+    faulty = run(tmp_path)
+    faulty["stages"][1]["summary"]["faults"] = FAULTS
+    (table,) = report.survived(faulty)
+    assert [row[1:4] for row in table.rows] == [
+        ("1,200", "out of memory", "micro-batches of 2 x 2 for 4 x 1, the same gradient"),
+        ("1,300", "GPU fault", "once more"),
+    ]
+    for text in (terminal(report.show_run, faulty), report.run_markdown(faulty)):
+        assert "micro-batches of 2 x 2 for 4 x 1, the same gradient" in text
+
+
 def test_a_run_that_was_not_evaluated_still_has_its_table(tmp_path: Path):
     short = run(tmp_path)
     short["stages"] = short["stages"][:2]
