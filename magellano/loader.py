@@ -35,7 +35,21 @@ LARGEST = {
 
 
 def write_model(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, mx.array]], quantized: bool) -> None:
-    """Stream (name, tensor) pairs into safetensors shards; at most one shard is held. Then index and config.json."""
+    """Stream (name, tensor) pairs into a model folder: shards, index and config.json."""
+    write_tensors(folder, tensors)
+    description = {
+        "architectures": ["MagellanoLM"],
+        "model_type": "magellano",
+        "model": config.model_dump(mode="json"),
+        "quantization": "nf4" if quantized else None,
+    }
+    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, mx.array]]) -> int:
+    """Stream (name, tensor) pairs into safetensors shards; at most one shard is held. Then the index. Returns the bytes
+    of all tensors.
+    """
     shard: dict[str, mx.array] = {}
     where: dict[str, int] = {}
     held, total, shards = 0, 0, 1
@@ -57,13 +71,7 @@ def write_model(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, 
             (folder / f"part-{n:05d}.safetensors").rename(folder / file)
         index = {"metadata": {"total_size": total}, "weight_map": {name: names[n] for name, n in where.items()}}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    description = {
-        "architectures": ["MagellanoLM"],
-        "model_type": "magellano",
-        "model": config.model_dump(mode="json"),
-        "quantization": "nf4" if quantized else None,
-    }
-    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return total
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:

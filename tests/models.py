@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from magellano import loader, lora
+from magellano import loader, lora, nf4
 from magellano.backend import mx
-from magellano.layout import parameters
+from magellano.layout import ParamSpec, parameters
+from magellano.linear import Weight
 from magellano.model import MagellanoLM, seeded
 from magellano.profile import LoraConfig, ModelConfig
 from magellano.tokenizer import Tokenizer
@@ -28,3 +29,19 @@ def adapter(config: ModelConfig, settings: LoraConfig, seed: int = 1) -> dict[st
     rng = np.random.default_rng(seed)
     start = lora.start(config, settings)
     return {name: mx.array(rng.normal(0, 0.1, value.shape).astype(np.float32)) for name, value in start.items()}
+
+
+def quantized(config: ModelConfig, lora_settings: LoraConfig | None = None, seed: int = 3) -> MagellanoLM:
+    """A model in NF4, with an adapter on it if settings are given."""
+    base = seeded(seed)
+
+    def source(spec: ParamSpec) -> Weight:
+        w = base(spec)
+        if spec.target is None or not isinstance(w, mx.array):
+            return w
+        return nf4.NF4Stack.of([nf4.quantize(x) for x in w]) if w.ndim == 3 else nf4.quantize(w)
+
+    model = MagellanoLM(config, source)
+    if lora_settings is not None:
+        lora.attach(model, lora_settings, adapter(config, lora_settings))
+    return model

@@ -10,7 +10,7 @@ and imports what is heavy inside `run`.
 
 from types import ModuleType
 
-from magellano.commands import benchmark, evaluate, generate, info, plan, pretrain, train
+from magellano.commands import benchmark, evaluate, export, generate, info, plan, pretrain, train
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,
@@ -19,5 +19,6 @@ COMMANDS: dict[str, ModuleType] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "generate": generate,
+    "export": export,
     "benchmark": benchmark,
 }
