@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from magellano import disk, durable, hf_tokenizer, layout, loader, merge
+from magellano import hf_tokenizer, layout, loader, merge, writing
 from magellano.backend import mx
-from magellano.errors import InputError
 from magellano.model import MagellanoLM
 from magellano.tokenizer import Tokenizer
 
@@ -30,24 +28,13 @@ def mlx_lm(folder: Path, model: MagellanoLM, tokenizer: Tokenizer, dtype: str, c
     `dtype`: of the weights, and so of what mlx-lm computes in; A_log, D, biases and the router stay float32. `chat`:
     with our chat template. One shard is in memory at a time. InputError for a folder with something in it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: there is something already; name an empty folder or a new one")
-    parent = durable.private_folder(folder.absolute().parent)
     size = {"float32": 4}.get(dtype, 2) * layout.count(model.config)
-    disk.require(parent, size)
-    with disk.told_when_full(parent), tempfile.TemporaryDirectory(prefix=durable.TEMPORARY, dir=parent) as temporary:
-        own = Path(temporary) / "export"
-        own.mkdir(mode=0o700)
+    with writing.folder(folder, size) as own:
         written = loader.write_tensors(own, merge.tensors(model, DTYPES[dtype]))
-        (own / loader.CONFIG).write_text(
-            json.dumps(_config(model, tokenizer, dtype), indent=2) + "\n", encoding="utf-8"
-        )
+        config = json.dumps(_config(model, tokenizer, dtype), indent=2)
+        (own / loader.CONFIG).write_text(config + "\n", encoding="utf-8")
         shutil.copyfile(_SOURCE, own / MODEL_FILE)
         hf_tokenizer.save(own, tokenizer, chat)
-        durable.private_files(own)
-        for path in durable.files_of(own):
-            durable.fsync(path)
-        durable.publish(own, folder.absolute())
     return {"folder": str(folder), "bytes": written, "dtype": dtype, "chat_template": chat}
 
 
@@ -58,7 +45,7 @@ def _config(model: MagellanoLM, tokenizer: Tokenizer, dtype: str) -> dict[str, A
         "model_type": "magellano",
         "model_file": MODEL_FILE,
         **model.config.model_dump(mode="json"),
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": model.config.tied,
         "torch_dtype": dtype,
         "bos_token_id": end,
         "eos_token_id": end,

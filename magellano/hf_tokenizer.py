@@ -1,17 +1,26 @@
-"""Our tokenizer as the JSON of Hugging Face's `tokenizers`, with what `transformers` wants beside it.
+"""Our tokenizer as the JSON of Hugging Face's `tokenizers`, and theirs as ours.
 
 A token's merge is found again from the ranks: joining its bytes by the ranks below its own leaves two parts.
 """
 
+import hashlib
 import itertools
 import json
+import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from magellano.tokenizer import Tokenizer, ranked
+import numpy as np
+
+from magellano import files
+from magellano.errors import InputError
+from magellano.tokenizer import SCHEMA, Tokenizer, ranked
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+JSON_BYTES = 64 << 20
+REMEDY = "import the model again from a folder with its tokenizer.json"
 END = "<|endoftext|>"
 # The template of magellano/data/formats.py. A user's text is not special there; transformers reads END in it as such.
 CHAT = (
@@ -23,16 +32,21 @@ CHAT = (
 
 
 def save(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. A text starts with end-of-text, as in training.
-    `chat`: with the chat template.
+    """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. A text starts with end-of-text, as in training;
+    an imported tokenizer is written as it came. `chat`: with the chat template.
     """
-    (folder / FILE).write_text(json.dumps(_json(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8")
+    end, foreign = END, isinstance(tokenizer, Foreign)
+    if isinstance(tokenizer, Foreign):
+        end = tokenizer.spelled_end()
+        (folder / FILE).write_bytes(tokenizer.data)
+    else:
+        (folder / FILE).write_text(json.dumps(_json(tokenizer), ensure_ascii=False) + "\n", encoding="utf-8")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "unk_token": END,
-        "add_bos_token": True,
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
+        "add_bos_token": not foreign,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 30,
     }
@@ -101,3 +115,92 @@ def _pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         assert rank < ranks[token], token
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
+
+
+class Foreign(Tokenizer):
+    """Another model's byte-level BPE, by the `tokenizers` package: its JSON lies in a folder beside our description."""
+
+    JSON, KIND = "tokenizers.json", "tokenizers-json"
+
+    def __init__(self, path: Path, vocab_size: int, end_of_text: int):
+        """`vocab_size` may be larger than the tokens that the file has: a model pads. InputError where the file is no
+        such tokenizer, or `tokenizers` is not installed.
+        """
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise InputError(f"{path}: needs the package tokenizers; install scm-magellano[exchange]") from None
+        with files.opened(path, REMEDY) as fd:
+            size = os.fstat(fd).st_size
+            if size > JSON_BYTES:
+                raise InputError(
+                    f"{path}: {size:,} bytes, more than the {JSON_BYTES:,} that a tokenizer may have; {REMEDY}"
+                )
+            data = files.read_at(fd, 0, size)
+        try:
+            described = files.parse(data)
+            model = described["model"]
+            if model.get("type") != "BPE" or (described.get("decoder") or {}).get("type") != "ByteLevel":
+                raise ValueError("not a byte-level BPE")
+            self._inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as e:  # tokenizers raises a plain Exception
+            raise InputError(f"{path}: not a tokenizer that is known here: {files.told(e)}; {REMEDY}") from None
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self.data, self.vocab_size, self.end_of_text = data, vocab_size, end_of_text
+        bytes_of = {letter: byte for byte, letter in _letters().items()}
+        self._bytes = [b""] * vocab_size
+        special = {int(t["id"]) for t in described.get("added_tokens", []) if t.get("special")}
+        for token, n in self._inner.get_vocab(with_added_tokens=True).items():
+            if not 0 <= n < vocab_size:
+                raise InputError(f"{path}: token {n} is outside the model's vocabulary of {vocab_size}; {REMEDY}")
+            known = all(letter in bytes_of for letter in token)
+            spelling = bytes(bytes_of[letter] for letter in token) if known else token.encode("utf-8")
+            self._bytes[n] = b"" if n in special else spelling
+        for added in described.get("added_tokens", []):  # they stand for themselves
+            if not added.get("special"):
+                self._bytes[int(added["id"])] = str(added["content"]).encode("utf-8")
+
+    def spelled_end(self) -> str:
+        """The end-of-text token as the file has it."""
+        return str(self._inner.id_to_token(self.end_of_text))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without tokens before or behind it."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str], threads: int = 2) -> list[list[int]]:
+        return [one.ids for one in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        if wrong := next((i for i in ids if not 0 <= i < self.vocab_size), None):
+            raise InputError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
+        return b"".join(self._bytes[int(i)] for i in ids if i != self.end_of_text)
+
+    def bytes_per_token(self) -> np.ndarray:
+        sizes = np.array([len(token) for token in self._bytes], dtype=np.int32)
+        sizes[self.end_of_text] = 0
+        return sizes
+
+    def save(self, folder: Path) -> None:
+        """Write the JSON and what it is into `folder`."""
+        (folder / self.JSON).write_bytes(self.data)
+        facts = {
+            "schema": SCHEMA,
+            "kind": self.KIND,
+            "vocab_size": self.vocab_size,
+            "end_of_text": self.end_of_text,
+            "sha256": hashlib.sha256(self.data).hexdigest(),
+        }
+        (folder / FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path, facts: dict[str, Any]) -> "Foreign":
+        """What `save` wrote, described by `facts`."""
+        size, end, path = facts.get("vocab_size"), facts.get("end_of_text"), folder / cls.JSON
+        if type(size) is not int or type(end) is not int or not 0 <= end < size <= 1 << 16:
+            raise InputError(f"{folder / FILE}: vocab_size and end_of_text are not those of a tokenizer; {REMEDY}")
+        made = cls(path, size, end)
+        if hashlib.sha256(made.data).hexdigest() != facts.get("sha256"):
+            raise InputError(f"{path}: not the file that was imported (its SHA-256 differs); {REMEDY}")
+        return made

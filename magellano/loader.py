@@ -25,6 +25,7 @@ from magellano.tensors import load_file
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 1 << 30  # a shard is closed once it is larger
 INDEX_BYTES = 16 << 20
+Shapes = Mapping[str, tuple[int, ...]]
 FLOATS = ("F32", "F16", "BF16")
 REMEDY = "give the folder of a model that was made here, or make it again"
 # What a config.json may ask for at most, so that a hostile one costs neither memory nor time: far above any profile.
@@ -82,14 +83,19 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     try:
         data = files.read_json(path, f"not a model of this project; {REMEDY}")
         config = ModelConfig.model_validate(data["model"])
-        for key, most in LARGEST.items():
-            if getattr(config, key) > most:
-                raise ValueError(f"model.{key}: {files.shown(getattr(config, key))} is more than {most:,}")
+        check_sizes(config)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not a model of this project: {files.told(e)}; {REMEDY}") from None
     return config, data
+
+
+def check_sizes(config: ModelConfig) -> None:
+    """ValueError where a foreign config asks for more than any model needs."""
+    for key, most in LARGEST.items():
+        if getattr(config, key) > most:
+            raise ValueError(f"model.{key}: {files.shown(getattr(config, key))} is more than {most:,}")
 
 
 class Files:
@@ -99,10 +105,13 @@ class Files:
     they are taken. InputError where a file is no plain file of the folder, lacks a tensor or holds another.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(
+        self, folder: Path, config: ModelConfig | None = None, more: Mapping[str, tuple[int, ...]] | None = None
+    ):
+        """`config` where config.json is not ours; `more`: tensors by shape that may be there besides."""
         self.folder = folder
-        specs = parameters(read_config(folder)[0])
-        self._allowed = _allowed(specs)
+        specs = parameters(config or read_config(folder)[0])
+        self._allowed = _allowed(specs) | {name: (shape, FLOATS) for name, shape in (more or {}).items()}
         self._lazy: dict[str, mx.array] = {}
         for file, named in self._shards().items():
             self._lazy |= load_file(folder / file, functools.partial(self._check, file, named))
@@ -217,7 +226,7 @@ def _plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and name.isprintable() and not {"/", "\\"} & set(name)
 
 
-def _allowed(specs: list[ParamSpec]) -> Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+def _allowed(specs: list[ParamSpec]) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Every tensor that a folder with these parameters may hold, dense or NF4: its shape and its possible types."""
     found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for spec in specs:

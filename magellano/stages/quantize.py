@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from magellano import init, loader, nf4
+from magellano import init, loader, nf4, tokenizer
 from magellano.backend import mx
 from magellano.errors import InputError
 from magellano.layout import ParamSpec, parameters
@@ -25,6 +25,10 @@ def run(out: Path, profile: Profile, base: Path | None, progress: Progress) -> d
         config, _ = loader.read_config(base)
         if config != profile.model:
             raise InputError(f"{base}: its shape is not the profile's [model]; {_difference(config, profile.model)}")
+        if not tokenizer.ours(base):
+            raise InputError(
+                f"{base}: its tokenizer is imported; tokenize knows GPT-2's alone yet, so it cannot be trained"
+            )
         files = loader.Files(base)
     facts: dict[str, Any] = {"parameters": 0, "quantized": 0, "bytes": 0}
     mx.reset_peak_memory()
