@@ -10,7 +10,7 @@ and imports what is heavy inside `run`.
 
 from types import ModuleType
 
-from magellano.commands import benchmark, evaluate, export, generate, import_, info, plan, pretrain, train
+from magellano.commands import benchmark, evaluate, export, fuse, generate, import_, info, plan, pretrain, train
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,
@@ -21,5 +21,6 @@ COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
     "export": export,
     "import": import_,
+    "fuse": fuse,
     "benchmark": benchmark,
 }
