@@ -9,13 +9,15 @@ from magellano.commands.generate import run_argument
 if TYPE_CHECKING:
     from rich.console import Console
 
-HELP = "write a release, adapter merged, as a folder that another library runs"
+    from magellano.commands.chosen import Chosen
+
+HELP = "write a release as a folder that another library runs: merged for mlx-lm, or its adapter for PEFT"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     run_argument(parser)
-    parser.add_argument("--to", required=True, choices=["mlx-lm"], help="which library")
+    parser.add_argument("--to", required=True, choices=["mlx-lm", "peft"], help="which library")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to; it must be empty or new")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default bfloat16)")
     chat = "with the chat template; by default where the release was trained on chats"
@@ -30,6 +32,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     chosen = Chosen.find(args.run)
     trained_on_chats = chosen.release is not None and chosen.release.profile.data.format is DataFormat.CHAT
+    if args.to == "peft":
+        return _peft(chosen, args.folder)
     from magellano import export
 
     started = time.perf_counter()
@@ -38,7 +42,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"release": str(chosen.folder), "to": args.to, **facts, "seconds": time.perf_counter() - started}
 
 
+def _peft(chosen: "Chosen", folder: Path) -> dict[str, Any]:
+    """The adapter alone."""
+    from magellano import loader, lora, peft_adapter, writing
+    from magellano.errors import InputError
+
+    if chosen.release is None:
+        raise InputError(f"{chosen.folder}: no adapter in it; --to peft takes a release")
+    config, _ = loader.read_config(chosen.release.base)
+    settings, tensors = lora.load(chosen.folder, config)
+    with writing.folder(folder) as own:
+        peft_adapter.write(own, config, settings, tensors, chosen.release.profile.base.folder)
+    size = sum(value.nbytes for value in tensors.values())
+    return {"release": str(chosen.folder), "to": "peft", "folder": str(folder), "bytes": size}
+
+
 def show(facts: dict[str, Any], console: "Console") -> None:
+    if facts["to"] == "peft":
+        console.print(f"{facts['folder']}: {facts['bytes'] / 1e6:.1f} MB; PeftModel.from_pretrained(base, FOLDER)")
+        return
     console.print(f"{facts['folder']}: {facts['bytes'] / 1e9:.2f} GB in {facts['dtype']}, {facts['seconds']:.1f} s")
     folder = facts["folder"]
     console.print(

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from magellano.tokenizer import Tokenizer
     from magellano.upcycle import Take
 
-HELP = "read a Mamba model as transformers saves it into a model folder, or grow experts on one"
+HELP = "read a Mamba model of transformers, or a PEFT adapter onto one, into a model folder; or grow experts on one"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     what = "a Mamba or Falcon-Mamba model in safetensors, or a model folder made here"
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=what)
     parser.add_argument("out", type=Path, metavar="OUT", help="where to; it must be empty or new")
+    base = "with a PEFT adapter as FOLDER: the imported model that it is merged into"
+    parser.add_argument("--base", type=Path, metavar="MODEL", help=base)
     grow = parser.add_argument_group("sparse upcycling: the same logits, with experts to train")
     grow.add_argument("--experts", type=int, metavar="E", help="behind every few Mamba layers E feed-forwards")
     grow.add_argument("--top-k", type=int, default=2, metavar="K", help="experts for each token (default 2)")
@@ -29,9 +31,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from magellano import files, foreign, loader, upcycle, writing
+    from magellano import files, foreign, loader, lora, upcycle, writing
     from magellano.errors import InputError
 
+    if args.base is not None:
+        return _adapter(args)
+    if (args.folder / lora.CONFIG).exists():
+        raise InputError(f"{args.folder}: an adapter; say what it is for: --base MODEL, a folder that import wrote")
     known = files.read_json(args.folder / loader.CONFIG, foreign.REMEDY).get("model_type")
     if known == "magellano":
         if args.experts is None:
@@ -48,6 +54,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     shape = new.model_dump(mode="json")
     return {"folder": str(args.out), "from": str(args.folder), "parameters": count(new), "model": shape}
+
+
+def _adapter(args: argparse.Namespace) -> dict[str, Any]:
+    """A PEFT adapter merged into a model of ours, in that one's types."""
+    from magellano import loader, lora, merge, peft_adapter, writing
+    from magellano.errors import InputError
+    from magellano.layout import count
+
+    if args.experts is not None:
+        raise InputError("--experts and --base: merge the adapter first, then grow experts on the result")
+    config, take, tokenizer = _ours(args.base)
+    settings, tensors = peft_adapter.read(args.folder, config)
+    from magellano.linear import array
+    from magellano.model import MagellanoLM
+
+    model = MagellanoLM(config, take)
+    dtype = array(model.backbone.embeddings.base).dtype
+    lora.attach(model, settings, tensors)
+    with writing.folder(args.out) as own:
+        loader.write_model(own, config, merge.tensors(model, dtype), quantized=False)
+        tokenizer.save(own)
+    facts = {"folder": str(args.out), "from": str(args.folder), "base": str(args.base), "parameters": count(config)}
+    return {**facts, "model": config.model_dump(mode="json")}
 
 
 def _ours(folder: Path) -> tuple["ModelConfig", "Take", "Tokenizer"]:
