@@ -166,21 +166,3 @@ def test_a_profile_trains_no_head_of_its_own():
 def test_the_largest_sizes_hold_here_too():
     with pytest.raises(ValueError, match="d_state"):
         loader.check_sizes(SHAPE.model_copy(update={"d_state": 1 << 13}))
-
-
-def test_an_imported_tokenizer_is_not_trained_on_by_mistake(tmp_path: Path):
-    """The pipeline tokenizes with GPT-2's BPE: on other ids a fine-tune would be noise."""
-    from magellano.stages import quantize
-    from tests import models
-
-    models.write(tmp_path / "base", SHAPE.model_copy(update={"tied": True}))
-    profile = load_profile(
-        "phase2",
-        {"model": SHAPE.model_dump() | {"tied": True}, "base": {"source": "folder", "folder": str(tmp_path / "base")}},
-    )
-    (tmp_path / "out").mkdir()
-    assert quantize.run(tmp_path / "out", profile, tmp_path / "base", lambda *a, **k: None)["quantized"] > 0
-    facts = json.loads((tmp_path / "base" / "tokenizer.json").read_text()) | {"kind": "tokenizers-json"}
-    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="tokenizer is imported"):
-        quantize.run(tmp_path / "out", profile, tmp_path / "base", lambda *a, **k: None)
