@@ -21,7 +21,7 @@ from magellano.profile import ModelConfig
 REMEDY = "give a folder with a Mamba or Falcon-Mamba model as transformers saves it, in safetensors"
 KINDS = ("mamba", "falcon_mamba")
 # What must have one value for the model to be ours, and the value where a config.json leaves it out.
-FIXED = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True}
+FIXED = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "rms_norm": True}
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ def _shape(data: dict[str, Any], kind: str) -> dict[str, Any]:
         raise ValueError("hidden_size and num_hidden_layers must be whole numbers")
     if isinstance(expand, float) and expand.is_integer():
         expand = int(expand)
-    if (inner := data.get("intermediate_size", expand * d)) != expand * d:
-        raise ValueError(f"intermediate_size {files.shown(inner)} is not expand * hidden_size")
+    if (inner := data.get("intermediate_size")) is not None:  # it counts, whatever expand says: falcon-mamba-7b has 16
+        if type(inner) is not int or inner % max(d, 1):
+            raise ValueError(f"intermediate_size {files.shown(inner)} is no multiple of hidden_size")
+        expand = inner // max(d, 1)
     falcon = {"dt_norm_eps": float(data.get("mixer_rms_eps", 1e-6))} if kind == "falcon_mamba" else {}
     return {
         **dense(layers),

@@ -24,6 +24,7 @@ KINDS = {
     "auto rank, other sizes": ("Mamba", {"time_step_rank": "auto", "expand": 3, "conv_kernel": 3, "hidden_size": 40}),
     "falcon": ("FalconMamba", {"tie_word_embeddings": False}),
     "falcon, tied": ("FalconMamba", {"mixer_rms_eps": 1e-4}),
+    "an inner width beside expand, as falcon-mamba-7b": ("FalconMamba", {"expand": 16, "intermediate_size": 96}),
 }
 TEXTS = ["Hello world, hello again", "  two  spaces\n\nnew line", "naïve 日本 🎉", "", "<|endoftext|> is text here"]
 
