@@ -41,7 +41,7 @@ class Decoder:
         self.model = model
         codes = any(_from_codes(m) for _, m in model.named_modules() if isinstance(m, Adapted))
         self.rows = HOST_ROWS if codes and not launch.gpu_geometry() else GPU_ROWS
-        self.embeddings = _merged(model.backbone.embeddings)
+        self.embeddings, self.head = _merged(model.backbone.embeddings), _merged(model.head)
         self.steps = [_mamba(x) if isinstance(x.mixer, Mamba) else _moe(x) for x in model.backbone.layers]
 
     def serves(self, batch: int) -> bool:
@@ -89,9 +89,9 @@ class Decoder:
 
     def _logits(self, h_BD: mx.array) -> mx.array:
         norm = _norm(self.model.backbone.norm_f)
-        if self.embeddings is not None:
-            return matvec(h_BD, self.embeddings, None, norm, mx.float32)
-        return _adapted(self.model.backbone.embeddings, h_BD, norm, mx.float32)
+        if self.head is not None:
+            return matvec(h_BD, self.head, None, norm, mx.float32)
+        return _adapted(self.model.head, h_BD, norm, mx.float32)
 
 
 def _norm(norm: "RMSNorm") -> Around:
@@ -110,6 +110,7 @@ def _mamba(layer: "Layer") -> Step:
         xz_BX = into(h_BD, norm)
         x_BI, conv_BKI = conv_step(xz_BX, weight_IK, mixer.conv1d.bias, state.conv_BKI)
         dt_BR, b_BN, c_BN = mx.split(split(x_BI, Around()), [r, r + n], axis=-1)
+        dt_BR, b_BN, c_BN = mixer.normed(dt_BR, b_BN, c_BN)
         dt_BI, z_BI = dt_of(dt_BR, Around()), mx.split(xz_BX, [inner], axis=-1)[1]
         scanned = selective_scan(
             x_BI[:, None], dt_BI[:, None], mixer.A_log, b_BN[:, None], c_BN[:, None], mixer.D, z_BI[:, None],

@@ -13,7 +13,7 @@ from enum import StrEnum
 from magellano.names import LayerKind, LoraTarget
 from magellano.profile import LoraConfig, ModelConfig
 
-EMBEDDING = "backbone.embeddings.weight"
+EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 SMALL_WEIGHT = 1 << 18  # values up to which training keeps an NF4 projection dense beside its codes
 
 
@@ -50,10 +50,12 @@ class ParamSpec:
 
 def parameters(config: ModelConfig) -> list[ParamSpec]:
     """Every parameter of the model in forward order."""
-    specs = [ParamSpec(EMBEDDING, (config.vocab_size, config.d_model), Init.EMBEDDING, target=LoraTarget.HEAD)]
+    vocabulary = (config.vocab_size, config.d_model)
+    specs = [ParamSpec(EMBEDDING, vocabulary, Init.EMBEDDING, target=LoraTarget.HEAD if config.tied else None)]
     for layer in range(config.n_layers):
         specs += layer_parameters(config, layer)
-    return [*specs, ParamSpec("backbone.norm_f.weight", (config.d_model,), Init.ONES)]
+    specs.append(ParamSpec("backbone.norm_f.weight", (config.d_model,), Init.ONES))
+    return specs if config.tied else [*specs, ParamSpec(HEAD, vocabulary, target=LoraTarget.HEAD)]
 
 
 def layer_parameters(config: ModelConfig, layer: int) -> Iterator[ParamSpec]:

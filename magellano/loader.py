@@ -25,6 +25,7 @@ from magellano.tensors import load_file
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 1 << 30  # a shard is closed once it is larger
 INDEX_BYTES = 16 << 20
+Shapes = Mapping[str, tuple[int, ...]]
 FLOATS = ("F32", "F16", "BF16")
 REMEDY = "give the folder of a model that was made here, or make it again"
 # What a config.json may ask for at most, so that a hostile one costs neither memory nor time: far above any profile.
@@ -35,7 +36,21 @@ LARGEST = {
 
 
 def write_model(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, mx.array]], quantized: bool) -> None:
-    """Stream (name, tensor) pairs into safetensors shards; at most one shard is held. Then index and config.json."""
+    """Stream (name, tensor) pairs into a model folder: shards, index and config.json."""
+    write_tensors(folder, tensors)
+    description = {
+        "architectures": ["MagellanoLM"],
+        "model_type": "magellano",
+        "model": config.model_dump(mode="json"),
+        "quantization": "nf4" if quantized else None,
+    }
+    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, mx.array]]) -> int:
+    """Stream (name, tensor) pairs into safetensors shards; at most one shard is held. Then the index. Returns the bytes
+    of all tensors.
+    """
     shard: dict[str, mx.array] = {}
     where: dict[str, int] = {}
     held, total, shards = 0, 0, 1
@@ -57,13 +72,7 @@ def write_model(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, 
             (folder / f"part-{n:05d}.safetensors").rename(folder / file)
         index = {"metadata": {"total_size": total}, "weight_map": {name: names[n] for name, n in where.items()}}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    description = {
-        "architectures": ["MagellanoLM"],
-        "model_type": "magellano",
-        "model": config.model_dump(mode="json"),
-        "quantization": "nf4" if quantized else None,
-    }
-    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return total
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -74,14 +83,19 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     try:
         data = files.read_json(path, f"not a model of this project; {REMEDY}")
         config = ModelConfig.model_validate(data["model"])
-        for key, most in LARGEST.items():
-            if getattr(config, key) > most:
-                raise ValueError(f"model.{key}: {files.shown(getattr(config, key))} is more than {most:,}")
+        check_sizes(config)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: not a model of this project: {files.told(e)}; {REMEDY}") from None
     return config, data
+
+
+def check_sizes(config: ModelConfig) -> None:
+    """ValueError where a foreign config asks for more than any model needs."""
+    for key, most in LARGEST.items():
+        if getattr(config, key) > most:
+            raise ValueError(f"model.{key}: {files.shown(getattr(config, key))} is more than {most:,}")
 
 
 class Files:
@@ -91,10 +105,13 @@ class Files:
     they are taken. InputError where a file is no plain file of the folder, lacks a tensor or holds another.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(
+        self, folder: Path, config: ModelConfig | None = None, more: Mapping[str, tuple[int, ...]] | None = None
+    ):
+        """`config` where config.json is not ours; `more`: tensors by shape that may be there besides."""
         self.folder = folder
-        specs = parameters(read_config(folder)[0])
-        self._allowed = _allowed(specs)
+        specs = parameters(config or read_config(folder)[0])
+        self._allowed = _allowed(specs) | {name: (shape, FLOATS) for name, shape in (more or {}).items()}
         self._lazy: dict[str, mx.array] = {}
         for file, named in self._shards().items():
             self._lazy |= load_file(folder / file, functools.partial(self._check, file, named))
@@ -209,7 +226,7 @@ def _plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and name.isprintable() and not {"/", "\\"} & set(name)
 
 
-def _allowed(specs: list[ParamSpec]) -> Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+def _allowed(specs: list[ParamSpec]) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Every tensor that a folder with these parameters may hold, dense or NF4: its shape and its possible types."""
     found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
     for spec in specs:

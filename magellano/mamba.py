@@ -79,6 +79,7 @@ class Mamba(nn.Module):
         )  # fmt: skip
         # 3. the step size and the input and output maps of the state depend on the token
         dt_BTR, b_BTN, c_BTN = mx.split(self.x_proj(x_BTI), [c.dt_rank, c.dt_rank + c.d_state], axis=-1)
+        dt_BTR, b_BTN, c_BTN = self.normed(dt_BTR, b_BTN, c_BTN)
         dt_BTI = self.dt_proj(dt_BTR)
         # 4. the selective scan, gated by silu(z)
         frozen = not ({"A_log", "D"} & free.keys() or "bias" in free["dt_proj"])
@@ -91,6 +92,11 @@ class Mamba(nn.Module):
         # 5. back to the residual width
         y_BTD = self.out_proj(y_BTI, unread=unread)
         return y_BTD, None if conv_BKI is None or scan_BIN is None else MambaState(conv_BKI, scan_BIN)
+
+    def normed(self, *parts: mx.array) -> tuple[mx.array, ...]:
+        """x / rms(x), where the model has dt, B and C so."""
+        eps = self.config.dt_norm_eps
+        return tuple(mx.fast.rms_norm(x, None, eps) for x in parts) if eps else parts
 
     def initial_state(self, batch: int, dtype: mx.Dtype) -> MambaState:
         c = self.config

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from magellano import init
 from magellano.backend import mx, nn
 from magellano.decode import Decoder
-from magellano.layout import EMBEDDING, ParamSpec, layer_parameters, parameters
+from magellano.layout import EMBEDDING, HEAD, ParamSpec, layer_parameters, parameters
 from magellano.linear import Embedding, Projection, Weight, array
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE, RouterState
@@ -89,7 +89,15 @@ class MagellanoLM(nn.Module):
         self.config = config
         self.compute = compute
         self.chunk = 512  # rows of logits that exist at once
-        self.backbone = Backbone(config, source or seeded())
+        source = source or seeded()
+        self.backbone = Backbone(config, source)
+        if not config.tied:
+            self.lm_head = Embedding(source(next(spec for spec in parameters(config) if spec.name == HEAD)))
+
+    @property
+    def head(self) -> Embedding:
+        """What makes logits: the embedding, or a matrix of its own."""
+        return self.backbone.embeddings if self.config.tied else self.lm_head
 
     def keep_small_dense(self) -> None:
         """See Projection.keep_dense; for training."""
@@ -99,7 +107,7 @@ class MagellanoLM(nn.Module):
 
     def __call__(self, tokens_BT: mx.array, reset_BT: mx.array | None = None) -> mx.array:
         """Logits [B, T, V]. reset is 1 where a document starts."""
-        return self.backbone.embeddings.logits(self.hidden(tokens_BT, reset_BT))
+        return self.head.logits(self.hidden(tokens_BT, reset_BT))
 
     def hidden(self, tokens_BT: mx.array, reset_BT: mx.array | None = None) -> mx.array:
         """The final hidden states [B, T, D]."""
@@ -127,7 +135,7 @@ class MagellanoLM(nn.Module):
         h_MD, target_M, weight_M = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
         if counted is not None:
             h_MD, target_M, weight_M = h_MD[counted], target_M[counted], weight_M[counted]
-        x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_MD)
+        x_MD, w, u_Mr, b_Vr = self.head.head(h_MD)
         return objective_and_nll(
             x_MD, w, target_M, weight_M, u_Mr, b_Vr, self.chunk, frozen=u_Mr is not None, renyi=renyi
         )
@@ -137,7 +145,7 @@ class MagellanoLM(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """-log p(target) [B, T] in nats and whether the target was the likeliest token [B, T]; no gradient."""
         h_BTD = self.hidden(tokens_BT, reset_BT)
-        x_MD, w, u_Mr, b_Vr = self.backbone.embeddings.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
+        x_MD, w, u_Mr, b_Vr = self.head.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
         ones = mx.ones((x_MD.shape[0],))
         nll_M, correct_M = token_scores(x_MD, w, targets_BT.reshape(-1), ones, u_Mr, b_Vr, chunk)
         return nll_M.reshape(tokens_BT.shape), correct_M.reshape(tokens_BT.shape)
@@ -177,7 +185,7 @@ class MagellanoLM(nn.Module):
 
     def logits(self, h: mx.array) -> mx.array:
         """Logits [.., V] of final hidden states [.., D]."""
-        return self.backbone.embeddings.logits(h)
+        return self.head.logits(h)
 
     def decoder(self) -> Decoder:
         """Steps of one token a sequence with few launches, for weights that do not change meanwhile."""

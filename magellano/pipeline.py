@@ -13,6 +13,7 @@ from magellano.artifacts import content_digest, stage_key
 from magellano.errors import InputError
 from magellano.names import BaseSource, Stage
 from magellano.profile import DataConfig, Profile
+from magellano.tokenizer import FILE, Tokenizer, ours
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
         case Stage.TOKENIZE:
             assert data is not None
             how = data.model_dump(mode="json", exclude={"files", "hub"})
-            return {"data": how, "vocab_size": profile.model.vocab_size}
+            facts = {"data": how, "vocab_size": profile.model.vocab_size}
+            return facts if (digest := _foreign(profile)) is None else facts | {"tokenizer": digest}
         case Stage.PRETRAIN:
             assert profile.pretrain is not None
-            facts = {"model": profile.model, "seed": profile.base.seed, "train": profile.pretrain.train}
-            return facts | _loss(profile)
+            trained = {"model": profile.model, "seed": profile.base.seed, "train": profile.pretrain.train}
+            return trained | _loss(profile)
         case Stage.QUANTIZE:
             seeded = profile.base.source is BaseSource.SEEDED
             return {"model": profile.model, "quantize": profile.quantize, "seed": profile.base.seed if seeded else None}
@@ -98,6 +100,18 @@ def base_folder(profile: Profile) -> Path:
     if not (folder / "config.json").is_file():
         raise InputError(f"base.folder {folder}: no model folder (no config.json in it); give the folder of a model")
     return folder
+
+
+def tokenizer(profile: Profile) -> Tokenizer:
+    """That of the base folder, if base.folder names one with an imported tokenizer; else GPT-2's."""
+    return Tokenizer(profile.model.vocab_size) if _foreign(profile) is None else Tokenizer.load(base_folder(profile))
+
+
+def _foreign(profile: Profile) -> str | None:
+    """The digest of an imported tokenizer, with which all tokens change."""
+    if profile.base.source is not BaseSource.FOLDER or ours(folder := base_folder(profile)):
+        return None
+    return durable.sha256_file(folder / FILE)
 
 
 def base_digest(profile: Profile) -> str:

@@ -40,9 +40,11 @@ class ModelConfig(Section):
     d_conv: Positive = 4  # K
     expand: Positive = 2
     dt_rank: Positive = 16  # R
-    vocab_size: Annotated[int, Field(ge=257, le=50257)] = 50257  # V: 256 bytes and end-of-text at least
+    vocab_size: Annotated[int, Field(ge=257, le=1 << 16)] = 50257  # V: 256 bytes and end-of-text; 16-bit ids
     moe_every: Positive = 4
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    dt_norm_eps: NonNegative = 0.0  # above 0: dt, B and C are normed, without weights (Falcon-Mamba)
+    tied: bool = True  # the head is the embedding
 
     @property
     def d_inner(self) -> int:
@@ -234,6 +236,16 @@ class Profile(Section):
     def _base(self) -> "Profile":
         if self.base.source is BaseSource.PRETRAIN and self.pretrain is None:
             raise ValueError('base.source is "pretrain" but there is no [pretrain] section; add one')
+        return self
+
+    @model_validator(mode="after")
+    def _head(self) -> "Profile":
+        if self.model.tied:
+            return self
+        if LoraTarget.HEAD in self.lora.targets:
+            raise ValueError('lora.targets has "head", which trains where model.tied is true alone; leave it out')
+        if self.base.source is BaseSource.PRETRAIN:
+            raise ValueError('a base with model.tied false cannot be trained here; set base.source to "folder"')
         return self
 
 

@@ -79,6 +79,10 @@ class Tokenizer:
         if not os.path.lexists(path):
             raise InputError(f"{path}: no tokenizer here; give a folder that a stage has written")
         facts = files.read_json(path, "write the folder again")
+        from magellano.hf_tokenizer import Foreign  # which stands on this module
+
+        if facts.get("kind") == Foreign.KIND and facts.get("schema") == SCHEMA:
+            return Foreign.read(folder, facts)
         wanted = {"schema": SCHEMA, "kind": _KIND, "ranks_sha256": RANKS_SHA256}
         for key, value in wanted.items():
             found = facts.get(key)
@@ -89,6 +93,11 @@ class Tokenizer:
         if type(size) is not int:
             raise InputError(f"{path}: vocab_size is {files.shown(size)}, not a whole number; write the folder again")
         return cls(size)
+
+
+def ours(folder: Path) -> bool:
+    """Whether the tokenizer of a model folder, if it has one, is GPT-2's."""
+    return not os.path.lexists(folder / FILE) or files.read_json(folder / FILE, "write it again").get("kind") == _KIND
 
 
 @cache

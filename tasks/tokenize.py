@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import State, task
 
+from magellano import pipeline
 from magellano.artifacts import ArtifactRef
 from magellano.names import Stage
 from magellano.profile import DataConfig, Profile
@@ -17,6 +18,6 @@ def tokenize(profile: Profile, data: DataConfig, rerun: str = "") -> State[Artif
     from magellano.stages import tokenize as stage
 
     def make(bench: Bench) -> dict[str, Any]:
-        return stage.run(bench.out, data, profile.model.vocab_size, bench.progress)
+        return stage.run(bench.out, data, profile.model.vocab_size, bench.progress, pipeline.tokenizer(profile))
 
     return carry_out(Stage.TOKENIZE, profile, {"data": readers.digest(data)}, make, rerun, data)

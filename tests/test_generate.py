@@ -11,9 +11,10 @@ import pytest
 from magellano import decode, lora, nf4
 from magellano.backend import mx
 from magellano.benchmark import generate as benchmark
+from magellano.completion import text
 from magellano.decode import flat
 from magellano.errors import InputError
-from magellano.generate import PROMPT_CHUNK, Sampling, Stream, choose, generate, read, text
+from magellano.generate import PROMPT_CHUNK, Sampling, Stream, choose, generate, read
 from magellano.layout import ParamSpec, parameters
 from magellano.mamba import MambaState
 from magellano.model import MagellanoLM, seeded

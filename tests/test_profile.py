@@ -59,7 +59,7 @@ def test_overrides_reach_every_depth() -> None:
         ("demo", {"lora.targets": ["w1"], "lora.ranks": {"w2": 4}}, r"ranks names \['w2'\]"),
         ("demo", {"model.top_k": 9}, r"top_k 9 is more than n_experts 4; lower top_k"),
         ("demo", {"model.moe_every": 1}, r"moe_every must be 2 or more"),
-        ("demo", {"model.vocab_size": 60000}, r"model\.vocab_size: Input should be less than or equal to 50257"),
+        ("demo", {"model.vocab_size": 70000}, r"model\.vocab_size: Input should be less than or equal to 65536"),
         ("demo", {"train.steps": 5, "train.warmup": 9}, r"warmup 9 is more than steps 5"),
         ("demo", {"base.source": "folder"}, r'source "folder" and the key folder belong together'),
         ("phase2", {"base.source": "pretrain"}, r"there is no \[pretrain\] section; add one"),

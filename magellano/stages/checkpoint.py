@@ -28,7 +28,7 @@ def run(
     lora.save(out, profile.model, settings, tensors, base=_link(base))
     shutil.copyfile(base / loader.CONFIG, out / loader.CONFIG)
     shutil.copyfile(trained / METRICS, out / METRICS)
-    Tokenizer(profile.model.vocab_size).save(out)
+    Tokenizer.load(base).save(out)
     (out / LINEAGE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
     made_by = profile.model_dump_json(indent=2, exclude={"description", "evaluate", "memory", "gate", "disk"})
     (out / PROFILE).write_text(made_by + "\n", encoding="utf-8")

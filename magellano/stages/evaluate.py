@@ -23,7 +23,7 @@ def run(out: Path, profile: Profile, release: Path, tokens: Path, base: Path, pr
 
     One model is in memory at a time. InputError where the held-out split has no target that counts.
     """
-    split, tokenizer = Shards(tokens, "held_out"), Tokenizer(profile.model.vocab_size)
+    split, tokenizer = Shards(tokens, "held_out"), Tokenizer.load(base)
     chosen = examples(split, tokenizer.end_of_text, profile.evaluate.samples)
     half = _Halves(progress)
     compute = profile.train.compute

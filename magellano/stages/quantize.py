@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from magellano import init, loader, nf4
+from magellano import init, loader, nf4, pipeline
 from magellano.backend import mx
 from magellano.errors import InputError
 from magellano.layout import ParamSpec, parameters
@@ -12,7 +12,6 @@ from magellano.names import LoraTarget
 from magellano.nf4 import NF4Tensor
 from magellano.profile import Profile
 from magellano.progress import Progress
-from magellano.tokenizer import Tokenizer
 
 
 def run(out: Path, profile: Profile, base: Path | None, progress: Progress) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def run(out: Path, profile: Profile, base: Path | None, progress: Progress) -> d
     mx.reset_peak_memory()
     tensors = _stream(profile, files, progress, facts)
     loader.write_model(out, profile.model, tensors, quantized=True)
-    Tokenizer(profile.model.vocab_size).save(out)
+    pipeline.tokenizer(profile).save(out)
     facts["peak_gib"] = round(mx.get_peak_memory() / (1 << 30), 3)
     return facts
 

@@ -22,12 +22,16 @@ REJECTS = "rejects.jsonl"
 SHARD_TOKENS = 8_000_000  # positions in a shard: 48 MB on disk, and what is in memory of each split
 
 
-def run(out: Path, data: DataConfig, vocab_size: int, progress: Progress) -> dict[str, Any]:
+def run(
+    out: Path, data: DataConfig, vocab_size: int, progress: Progress, tokenizer: Tokenizer | None = None
+) -> dict[str, Any]:
     """Write shards, tokens.json and rejects.jsonl into `out`; returns the books and the number of packed rows.
+    `tokenizer`: by default GPT-2's of that size.
 
     Raises InputError for what `readers.read` refuses, where no row is valid and where nothing can be held out.
     """
-    tokenizer, books = Tokenizer(vocab_size), Accounting()
+    tokenizer, books = tokenizer or Tokenizer(vocab_size), Accounting()
+    which = {"ranks_sha256": RANKS_SHA256} if type(tokenizer) is Tokenizer else {}
     writers = {split: _Writer(out, split, data.seq_len, tokenizer, books) for split in Split}
     with open(out / REJECTS, "x", encoding="utf-8") as rejects:
         reader = _Reader(data, tokenizer, books, rejects, progress)
@@ -38,8 +42,8 @@ def run(out: Path, data: DataConfig, vocab_size: int, progress: Progress) -> dic
     books.check()
     rows = {str(split): writer.rows for split, writer in writers.items()}
     shards.write_facts(
-        out, vocab_size=vocab_size, seq_len=data.seq_len, rows=rows, format=data.format, ranks_sha256=RANKS_SHA256,
-        end_of_text=tokenizer.end_of_text, files=dict(reader.files), accounting=books.to_dict(),
+        out, vocab_size=vocab_size, seq_len=data.seq_len, rows=rows, format=data.format,
+        end_of_text=tokenizer.end_of_text, files=dict(reader.files), accounting=books.to_dict(), **which,
     )  # fmt: skip
     return {"rows": rows, "seq_len": data.seq_len, "vocab_size": vocab_size, "accounting": books.to_dict()}
 
