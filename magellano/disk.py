@@ -22,7 +22,7 @@ def require(folder: Path, need: int) -> None:
 
 @contextmanager
 def told_when_full(folder: Path, need: int | None = None) -> Iterator[None]:
-    """Turn a failure for lack of space under `folder`, an existing folder, into DiskFull. `need`: bytes that had to be
+    """Turn a failure for lack of space under `folder`, while it exists, into DiskFull. `need`: bytes that had to be
     free, where that is known.
     """
     try:
@@ -30,6 +30,8 @@ def told_when_full(folder: Path, need: int | None = None) -> Iterator[None]:
     except (DiskFull, InputError):
         raise
     except Exception as e:
+        if not folder.exists():  # what failed came after it had its final name
+            raise
         free = shutil.disk_usage(folder).free
         if (isinstance(e, OSError) and e.errno in _FULL) or free < _SPARE:
             if need is None:

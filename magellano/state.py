@@ -11,6 +11,7 @@ clock.
 The last two stay, and the best: the one with the lowest "held_out_loss" in its seal, which stands nowhere else.
 """
 
+import errno
 import logging
 import os
 import re
@@ -118,12 +119,12 @@ def remove_leftovers(folder: Path) -> None:
 def _write(path: Path, tensors: dict[str, mx.array]) -> None:
     try:
         mx.save_safetensors(str(path), tensors)
-    except RuntimeError:  # MLX does not say why a write failed, but the next one does
+    except RuntimeError as e:  # MLX does not say why a write failed, but the next one does, if it fails too
         with open(path, "ab") as f:
             f.write(bytes(1 << 16))
             f.flush()
             os.fsync(f.fileno())
-        raise
+        raise OSError(errno.EIO, f"a write failed: {e}", str(path)) from e
     with headers.checked(path):  # whole: as long as its header says
         pass
 

@@ -187,6 +187,21 @@ def test_a_single_step_that_is_not_finite_is_no_reason_to_go_back(tokens: Path, 
     assert digest(trainer) == digest(without_batches(tokens, LONG, (6, 7, 10)))
 
 
+def test_checkpoints_behind_the_one_that_it_goes_back_to_are_forgotten(tokens: Path, tmp_path: Path) -> None:
+    """The update of step 12 is blamed at last, after which there was a checkpoint."""
+    trainer = poisoned(adapter_trainer(tokens, LONG), (13, 14), high_loss)
+    there = []
+
+    def look(done: int, total: int, **facts: float | str) -> None:
+        there.append((done, [path.name[-2:] for path in state.by_step(tmp_path / "work")]))
+
+    facts = run_to_end(trainer, tmp_path / "work", look)
+    assert [[batch["step"] for batch in event["passed"]] for event in facts["rollbacks"]] == [[13], [12, 14]]
+    assert [seen for done, seen in there if done == 9] == [["04", "08"], ["08"]]
+    assert [seen for done, seen in there if done == 16] == [["08", "15"]]
+    assert digest(trainer) == digest(without_batches(tokens, LONG, (12, 13, 14)))
+
+
 def broken(trainer: Trainer, after: int) -> Trainer:
     """`trainer` whose update of step `after` makes a weight infinite: the steps behind it have no finite loss."""
     step = trainer.one_step
