@@ -16,7 +16,7 @@ from magellano.backend import mx
 from magellano.backprop import Outcome
 from magellano.data import shards
 from magellano.errors import Diverged, ExitCode, Stopped
-from magellano.guard import AT_LEAST, HALVINGS, ROLLBACKS, WINDOW, Guard, Trouble
+from magellano.guard import AT_LEAST, HALVINGS, ROLLBACKS, WINDOW, Guard, Trouble, all_finite
 from magellano.names import Compute
 from magellano.profile import TrainConfig
 from magellano.trainer import Trainer, run_to_end
@@ -105,6 +105,25 @@ def test_no_more_than_so_many_times() -> None:
         guard.pass_over(Trouble("why", (99,)), lambda step: [])
     assert e.value.exit_code == ExitCode.FAILED
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_the_finite_are_told_by_their_bits(dtype: mx.Dtype) -> None:
+    largest = {mx.float32: 3.4028235e38, mx.float16: 65504.0, mx.bfloat16: 3.3895e38}[dtype]
+    good = [
+        mx.array([0.0, -0.0, 1.0, largest, -largest, 1e-7], dtype=dtype),
+        mx.zeros((0,)),
+        mx.array(7),
+        mx.array(1.5),
+    ]
+    assert np.isfinite(np.array(good[0].astype(mx.float32))).all()
+    assert all_finite(good)
+    for odd in (math.inf, -math.inf, math.nan):
+        for shape in ((), (3, 5)):
+            assert not all_finite([*good, mx.full(shape, odd, dtype=dtype)]), (odd, shape)
+        many = np.zeros((4, 100), np.float32)
+        many[2, 77] = odd
+        assert not all_finite([mx.array(many).astype(dtype).T])
 
 
 # what follows
