@@ -106,7 +106,7 @@ def forget_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps: the training was set back, and will not pass through them again."""
     for path in by_step(folder):
         if _step(path) > step:
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -139,7 +139,15 @@ def _rotate(folder: Path, newest: Path) -> None:
         if sound < KEPT:
             sound += _sound(path)
         elif top is None or path != top[0]:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Out of sight first: whoever dies meanwhile leaves nothing half under its name."""
+    gone = path.with_name(f"{durable.TEMPORARY}gone-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _read(path: Path) -> Found:
