@@ -22,26 +22,15 @@ def require(folder: Path, need: int) -> None:
 
 @contextmanager
 def told_when_full(folder: Path, need: int | None = None) -> Iterator[None]:
-<<<<<<< HEAD
     """Turn a failure for lack of space under `folder`, which may have got its final name meanwhile, into DiskFull.
     `need`: bytes that had to be free, where that is known.
-=======
-    """Turn a failure for lack of space under `folder`, while it exists, into DiskFull. `need`: bytes that had to be
-    free, where that is known.
->>>>>>> helper-j
     """
     try:
         yield
     except (DiskFull, InputError):
         raise
     except Exception as e:
-<<<<<<< HEAD
         free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-=======
-        if not folder.exists():  # what failed came after it had its final name
-            raise
-        free = shutil.disk_usage(folder).free
->>>>>>> helper-j
         if (isinstance(e, OSError) and e.errno in _FULL) or free < _SPARE:
             if need is None:
                 need = sum(p.lstat().st_size for p in folder.rglob("*")) + _SPARE
