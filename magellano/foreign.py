@@ -56,7 +56,7 @@ def read(folder: Path) -> Foreign:
     data = files.read_json(path, REMEDY)
     if "mamba_moe_layers" in data:
         raise InputError(
-            f"{path}: a BlackMamba: its sigmoid gates, router biases and gated experts are not known here yet"
+            f"{path}: a BlackMamba, whose sigmoid gates and gated experts are not known here yet"
         )
     kind = data.get("model_type")
     if kind not in KINDS:
