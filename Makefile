@@ -1,4 +1,4 @@
-# make demo | make test | make setup | make lint. `demo` and `test` set up what they need; a second call sets up nothing.
+# make demo | make test | make torture | make setup | make lint. `demo` and `test` set up what they need; a second call sets up nothing.
 PY := .venv/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
 
@@ -7,7 +7,7 @@ PYTHON_IS_FIT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.versio
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
 	$(shell $(p) -c '$(PYTHON_IS_FIT)' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test torture lint format clean
 
 setup: .venv/installed
 
@@ -16,6 +16,10 @@ demo: setup
 
 test: lint
 	@$(PY) -m pytest
+
+# Half an hour or more: kills, injected faults, damage, no network. A share of it is among the tests.
+torture: setup
+	@$(PY) -m tests.torture
 
 lint: setup
 	@.venv/bin/ruff check --quiet .

@@ -12,6 +12,7 @@ The held-out loss at the end stands beside them.
 import argparse
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=0, help="default: the profile's")
     parser.add_argument("--window", type=int, default=25, help="steps that are averaged")
+    parser.add_argument("--together", action="store_true", help="all runs at once, for a GPU that has room for them")
     parser.add_argument("--out", type=Path, help="a JSON file for all curves")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -127,8 +129,9 @@ def main() -> None:
     assert profile.pretrain is not None
     facts: dict[str, Any] = {"profile": profile.name, "steps": arguments.steps, "window": arguments.window, "runs": {}}
     facts["tokens_a_step"] = profile.pretrain.train.batch * profile.pretrain.data.seq_len
-    for name, compute, order in RUNS:
-        facts["runs"][name] = in_child(train, profile, arguments.tokens, name, compute, order)
+    with ThreadPoolExecutor(len(RUNS) if arguments.together else 1) as pool:
+        found = pool.map(lambda run: in_child(train, profile, arguments.tokens, *run), RUNS)
+        facts["runs"] = dict(zip([name for name, _, _ in RUNS], found, strict=True))
     facts |= compared(facts["runs"], arguments.window)
     if arguments.out:
         arguments.out.write_text(json.dumps(facts) + "\n", encoding="utf-8")

@@ -25,6 +25,6 @@ def pretrain(profile: str, overrides: dict[str, Any] = {}, rerun: bool = False) 
         overrides: settings by dotted name, as {"pretrain.train.steps": 10}.
         rerun: train it again although it is there.
     """
-    chain = Chain(profile, overrides, [Stage.PRETRAIN] if rerun else [])
-    chain.reach(Stage.PRETRAIN)
-    return chain.result()
+    with Chain(profile, overrides, [Stage.PRETRAIN] if rerun else []) as chain:
+        chain.reach(Stage.PRETRAIN)
+        return chain.result()

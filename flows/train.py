@@ -25,7 +25,7 @@ def train(profile: str, overrides: dict[str, Any] = {}, rerun: list[Stage] = [])
         overrides: settings by dotted name, as {"train.steps": 10}.
         rerun: stages to build again, with all that build on them.
     """
-    chain = Chain(profile, overrides, rerun)
-    chain.reach(Stage.TOKENIZE)
-    chain.reach(Stage.EVALUATE)
-    return chain.result()
+    with Chain(profile, overrides, rerun) as chain:
+        chain.reach(Stage.TOKENIZE)
+        chain.reach(Stage.EVALUATE)
+        return chain.result()

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ class ArtifactRef(BaseModel):
     stage: Stage
     key: str
     digest: str  # of the content: equal bytes give equal digests, whenever and by whatever version they were made
-    bytes: int
+    bytes: int  # of what the digest covers: measured times are in neither, for releases record this reference
 
 
 class Built(NamedTuple):
@@ -90,6 +90,7 @@ class Store:
 
     home: Path
     deep: bool = True
+    _held: dict[tuple[Stage, str], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def path(self, ref: ArtifactRef) -> Path:
         """The folder of an artifact."""
@@ -98,8 +99,9 @@ class Store:
     def find(self, stage: Stage, key: str) -> ArtifactRef | None:
         """The artifact if it is there and sound. A damaged one is set aside with a warning, and is not there."""
         ref, why = self._check(stage, key)
-        if why is None:
-            return ref
+        old = self._folder(stage, durable.TEMPORARY + key + _OLD)
+        if why is None and (ref is not None or not (old.exists() or self._folder(stage, key).exists())):
+            return ref  # found; or not there, and not because it was just being replaced
         with self._locked(stage, key):  # nobody builds it now; look again, it may have been replaced meanwhile
             return self._find_locked(stage, key)
 
@@ -112,6 +114,12 @@ class Store:
         """The folder that an interrupted stage continues from; for the `make` of this key's build alone."""
         return private_folder(self.home / "work" / stage / key)
 
+    def lock(self, stage: Stage, key: str) -> int:
+        """The descriptor of this key's lock, for the `make` of its build alone: a child process that inherits it holds
+        the lock too, so that nobody builds beside a child whose parent was killed.
+        """
+        return self._held[stage, key]
+
     def build(
         self, stage: Stage, key: str, *, version: int, inputs: Inputs, config: Mapping[str, Any],
         make: Callable[[Path], dict[str, Any]], rerun: str = "",
@@ -123,10 +131,11 @@ class Store:
         what is there unless it was built under that id: a retry of a run that asked for it does not build it twice.
         """
         with self._locked(stage, key):
+            self._remove_dead(stage, ours=key)
             ref = self._find_locked(stage, key)
             if ref and (not rerun or self.manifest(ref)["rerun"] == rerun):
+                self._drop_work(stage, key)  # left where its builder was killed right after the commit
                 return Built(ref, reused=True)
-            self._remove_dead(stage, ours=key)
             temporary = private_folder(self._folder(stage, durable.TEMPORARY + key))
             facts = {
                 "schema": SCHEMA, "stage": stage, "key": key, "version": version, "rerun": rerun,
@@ -150,11 +159,14 @@ class Store:
         assert manifest["files"], f"stage {stage} wrote no file"
         final, old = self._folder(stage, key), temporary.with_name(temporary.name + _OLD)
         if final.exists():
-            final.rename(old)  # renamed, not removed in place: a kill leaves either artifact whole, or none
+            final.rename(old)  # renamed, not removed in place: a kill leaves either whole; see _remove_dead
         durable.publish(temporary, final)
         shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.home / "work" / stage / key, ignore_errors=True)
+        self._drop_work(stage, key)
         return _ref(manifest)
+
+    def _drop_work(self, stage: Stage, key: str) -> None:
+        shutil.rmtree(self.home / "work" / stage / key, ignore_errors=True)
 
     def _folder(self, stage: Stage, name: str) -> Path:
         return self.home / "artifacts" / stage / name
@@ -191,13 +203,20 @@ class Store:
         return ref
 
     def _remove_dead(self, stage: Stage, ours: str) -> None:
-        """Remove temporary folders whose builder is gone: their key's lock is free, or is held by the caller."""
+        """Remove temporary folders whose builder is gone: their key's lock is free, or is held by the caller. What it
+        had moved away for a rerun that never took its place goes back there.
+        """
         for folder in self._folder(stage, "").glob(durable.TEMPORARY + "*"):
             key = folder.name.removeprefix(durable.TEMPORARY).removesuffix(_OLD)
             lock = None if key == ours else self._try_lock(stage, key)
-            if key == ours or lock is not None:
-                log.warning("removing %s, left by a process that died", folder)
-                shutil.rmtree(folder)
+            if (key == ours or lock is not None) and folder.exists():  # else its builder has just finished
+                final = self._folder(stage, key)
+                if folder.name.endswith(_OLD) and not final.exists():
+                    log.warning("%s %s: putting back what a rerun that died had moved away", stage, key)
+                    folder.rename(final)
+                else:
+                    log.warning("removing %s, left by a process that died", folder)
+                    shutil.rmtree(folder)
             if lock is not None:
                 os.close(lock)
 
@@ -213,8 +232,10 @@ class Store:
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.ftruncate(fd, 0)
             os.pwrite(fd, str(os.getpid()).encode(), 0)
+            self._held[stage, key] = fd
             yield
         finally:
+            self._held.pop((stage, key), None)
             os.close(fd)
 
     def _try_lock(self, stage: Stage, key: str) -> int | None:
@@ -236,7 +257,7 @@ class Store:
 
 def _ref(manifest: Mapping[str, Any]) -> ArtifactRef:
     files = manifest["files"]
-    size = sum(facts["bytes"] for facts in files.values())
+    size = sum(facts["bytes"] for name, facts in files.items() if name != METRICS)
     return ArtifactRef(stage=Stage(manifest["stage"]), key=manifest["key"], digest=content_digest(files), bytes=size)
 
 

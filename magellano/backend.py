@@ -64,10 +64,16 @@ def _keep_large_blocks() -> None:
 
 
 def _launch_directly() -> None:
-    """MLX's CUDA build gathers launches in graphs, whose making takes the host longer than the launches themselves: a
-    step of production3b was bound by it. $MLX_USE_CUDA_GRAPHS decides otherwise.
+    """MLX's CUDA build gathers launches in graphs, whose making costs the host as much as the launches themselves, and
+    more for small batches: production3b 1 x 512 took 112 ms a step without, 161 with them. And it frees what launches
+    used once a batch of them is done: 30 by default, ten batches of which may be under way, so that a step held 1 GiB
+    that nobody needed. Smaller ones leave less, and cost the host some time. $MLX_USE_CUDA_GRAPHS and
+    $MLX_MAX_OPS_PER_BUFFER decide otherwise. On macOS the latter means Metal's command buffers, which stay as MLX has
+    them.
     """
-    os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+    if sys.platform == "linux":
+        os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+        os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "16")
 
 
 _keep_large_blocks()

@@ -10,8 +10,9 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from magellano import signals
 from magellano.commands import COMMANDS
-from magellano.errors import DiskFull, ExitCode, InputError, OutOfMemory, Stopped
+from magellano.errors import Aborted, DiskFull, ExitCode, InputError, OutOfMemory, Stopped
 
 EXIT_CODES = (
     "exit codes: 0 done, 2 bad input or config, 3 out of memory, 75 stopped and can be resumed, 1 anything else"
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
+        if code is ExitCode.RESUMABLE:
+            signals.hold_off()  # what Prefect started is ended yet: a second signal must not change the exit code
         return _fail(str(error) or type(error).__name__, code)
 
 
@@ -67,7 +70,7 @@ def _print(facts: dict[str, Any], command: Any, as_json: bool) -> None:
 
 def exit_code(error: BaseException) -> ExitCode | None:
     """The exit code of a failure that is no bug; None for a bug, which deserves its traceback."""
-    if isinstance(error, InputError | OutOfMemory | Stopped | DiskFull):
+    if isinstance(error, InputError | OutOfMemory | Stopped | DiskFull | Aborted):
         return error.exit_code
     if isinstance(error, MemoryError) or _is_mlx_out_of_memory(error):
         return ExitCode.OUT_OF_MEMORY
@@ -81,7 +84,10 @@ _EXPECTED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 def _is_mlx_out_of_memory(error: BaseException) -> bool:
     """MLX has no exception of its own for it: "[malloc] Unable to allocate N bytes", "[metal::malloc] ..."."""
-    return isinstance(error, RuntimeError) and "malloc" in str(error)
+    from magellano import faults
+    from magellano.names import Fault
+
+    return isinstance(error, RuntimeError) and faults.of_text(str(error)) is Fault.MEMORY
 
 
 def _fail(message: str, code: ExitCode) -> int:

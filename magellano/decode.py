@@ -114,7 +114,7 @@ def _mamba(layer: "Layer") -> Step:
         dt_BI, z_BI = dt_of(dt_BR, Around()), mx.split(xz_BX, [inner], axis=-1)[1]
         scanned = selective_scan(
             x_BI[:, None], dt_BI[:, None], mixer.A_log, b_BN[:, None], c_BN[:, None], mixer.D, z_BI[:, None],
-            mixer.dt_proj.bias, None, state.scan_BIN, return_state=True, frozen_parameters=True, log_A=True,
+            mixer.dt_proj.bias, None, state.scan_BIN, return_state=True, log_A=True, no_gradient=True,
         )  # fmt: skip
         y, scan_BIN = scanned
         return out_of(y.squeeze(1), Around(residual_MO=h_BD)), MambaState(conv_BKI, scan_BIN)

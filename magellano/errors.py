@@ -31,7 +31,21 @@ class OutOfMemory(MemoryError):
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
+class Diverged(FloatingPointError):
+    """The training went wrong again and again: numbers that are not finite, or losses that jump."""
+
+    exit_code = ExitCode.FAILED
+
+
 class Stopped(Exception):
     """Training stopped on a signal after saving its state; the next start continues from there."""
 
     exit_code = ExitCode.RESUMABLE
+
+
+class Aborted(RuntimeError):
+    """The process that trains died of something that is neither memory nor a signal to stop, twice. The next start
+    continues from its last checkpoint.
+    """
+
+    exit_code = ExitCode.FAILED

@@ -13,12 +13,13 @@ from magellano.profile import Profile
 
 log = logging.getLogger(__name__)
 
-MARGIN, AT_LEAST = 1.1, 256 << 20  # a GPU without a limit is held at its plan times this, or so many bytes above it
+SMALL = 512 << 20  # bytes at which a GPU is held at the least: a small model gains nothing by waiting
+OVERSHOOT = 0.97  # of a limit, at which MLX is held on a GPU: it allocates once more before it waits
 
 
 @contextmanager
 def hold(profile: Profile) -> Iterator[tuple[Profile, dict[str, Any]]]:
-    """Inside the `with` MLX keeps to memory.limit_gib, a GPU without a limit to a little above the plan. Gives the
+    """Inside the `with` MLX keeps to memory.limit_gib, a GPU without a limit to its plan. Gives the
     profile as it can be trained so, with a smaller train.loss_chunk if that is what it takes; and what was planned and
     set, for the run's facts: planned_gib, held_gib (None: nothing is held), loss_chunk.
 
@@ -32,7 +33,8 @@ def hold(profile: Profile) -> Iterator[tuple[Profile, dict[str, Any]]]:
     if not limit and not on_gpu():
         yield profile, facts
         return
-    with hold_memory(limit or max(int(MARGIN * planned), planned + AT_LEAST)) as held:
+    held_at = int(OVERSHOOT * limit) if limit and on_gpu() else limit or max(planned, SMALL)
+    with hold_memory(held_at) as held:
         yield profile, {**facts, "held_gib": held / GIB}
 
 

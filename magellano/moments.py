@@ -17,6 +17,7 @@ from functools import cached_property
 from magellano.layout import SMALL_WEIGHT, ParamSpec, layer_parameters, lora_shapes, parameters
 from magellano.names import Compute, LayerKind, LoraTarget, StateDtype
 from magellano.nf4 import SLICE_VALUES
+from magellano.ops.moe import most_together
 from magellano.ops.nf4 import BLOCK
 from magellano.ops.selective_scan import Geometry, geometry
 from magellano.optimizer import JOINED, SMALL_ON_CPU, SMALL_ON_GPU
@@ -25,6 +26,8 @@ from magellano.profile import Profile
 FLOAT32, FLOAT16 = 4, 2
 FULLEST_EXPERT = 1.25  # its load over the mean, in a base whose router is not broken
 ROOM = 1.35  # rows of the experts on a GPU over token copies: what is padded, and the fifth to spare
+
+FULLEST_PART = 1.4  # rows of the largest of their parts over its share of the experts
 
 LAYER, LOSS, DENSE, STEP = "a layer's intermediates", "the loss", "a weight, dense", "new values of the optimiser"
 Parts = dict[str, int]
@@ -141,13 +144,21 @@ def _expert_rows(s: Sizes) -> tuple[int, int]:
     return rows, min(M, int(FULLEST_EXPERT * copies / m.n_experts))
 
 
+def _part_rows(s: Sizes) -> int:
+    """Rows of the largest part of a GPU's room: that of the busiest experts."""
+    m = s.profile.model
+    rows, _ = _expert_rows(s)
+    return min(rows, int(FULLEST_PART * rows * most_together(m.n_experts) / m.n_experts))
+
+
 def _moe_forward(s: Sizes) -> Parts:
     """Each row's x, relu and A x stay until the end on a CPU, and y; then the rows of y side by side, and their sum."""
     m, M = s.profile.model, s.rows
     D, F, r = m.d_model, m.d_ff, s.rank(LoraTarget.W1)
     rows, most = _expert_rows(s)
     if s.gpu:
-        return {LAYER: s.width * (2 * M * D + rows * (2 * D + 2 * F + r)), DENSE: s.width * m.n_experts * F * D}
+        layer = s.width * (2 * M * D + rows * (2 * D + F + r) + _part_rows(s) * F)
+        return {LAYER: layer, DENSE: s.width * most_together(m.n_experts) * F * D}
     live = M * D + rows * (2 * D + F + r) + most * F
     return _larger(s, live, gather=rows * 2 * D, dense=F * D)
 
@@ -157,9 +168,9 @@ def _moe_backward(s: Sizes, adapters: list[int]) -> Parts:
     m, M = s.profile.model, s.rows
     D, F, r = m.d_model, m.d_ff, max(s.rank(LoraTarget.W1), s.rank(LoraTarget.W2))
     rows, most = _expert_rows(s)
-    if s.gpu:  # and the adapter in 16 bits; h or da beside them while a product is made
-        layer = s.width * (4 * M * D + rows * (3 * D + 2 * F + 4 * r) + sum(adapters))
-        return {LAYER: layer, DENSE: s.width * m.n_experts * F * D}
+    if s.gpu:  # and the adapter in 16 bits; of one part at a time dy, da and dh, and one of its weights
+        layer = s.width * (4 * M * D + rows * (2 * D + F + 4 * r) + _part_rows(s) * (D + 2 * F) + sum(adapters))
+        return {LAYER: layer, DENSE: s.width * most_together(m.n_experts) * F * D}
     # the norm's three values and an output that stays zero; of the last expert da, in three copies
     live = 4 * M * D + rows * (3 * D + 2 * F + 5 * r) + 3 * most * F
     made = _larger(s, live, gather=rows * 3 * D + M * D, dense=F * D + most * D)

@@ -17,6 +17,34 @@ class Stage(StrEnum):
     EVALUATE = "evaluate"
 
 
+class RunState(StrEnum):
+    """How a run stands. `NOTHING_NEW`: it found nothing to train on and is done; `DIED`: nobody could say more."""
+
+    GOING = "going"
+    DONE = "done"
+    NOTHING_NEW = "nothing new"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    DIED = "died"
+
+
+class Decision(StrEnum):
+    """What became of a release: by the gate, or by hand."""
+
+    PROMOTED = "promoted"
+    KEPT_ASIDE = "kept aside"
+    ROLLED_BACK = "rolled back to"
+
+
+class Fault(StrEnum):
+    """Why a process that trains ended without a result."""
+
+    MEMORY = "out of memory"
+    GPU = "GPU fault"
+    KILLED = "killed"
+    CRASHED = "crashed"
+
+
 class LayerKind(StrEnum):
     """What the mixer of a layer is."""
 

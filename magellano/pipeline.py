@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from magellano import durable
-from magellano.artifacts import content_digest
+from magellano.artifacts import content_digest, stage_key
 from magellano.errors import InputError
 from magellano.names import BaseSource, Stage
 from magellano.profile import DataConfig, Profile
@@ -61,6 +61,23 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
             return {"profile": profile.name}
         case Stage.EVALUATE:
             return {"evaluate": profile.evaluate, "profile": profile.name}
+
+
+def fingerprint(profile: Profile, data: str, pretrain_data: str | None, base: str | None) -> str:
+    """What a fine-tune of `profile` would be made of: every stage's version and settings up to the release, and the
+    digests of its data, of what its base is pretrained on, and of its base's folder. Equal ones make equal releases.
+    """
+    made = [Stage.TOKENIZE, Stage.QUANTIZE, Stage.ATTACH_LORA, Stage.TRAIN, Stage.CHECKPOINT]
+    config = {str(stage): [STAGES[stage].version, settings(stage, profile, profile.data)] for stage in made}
+    inputs = {"data": data}
+    if pretrain_data is not None:
+        assert profile.pretrain is not None
+        config["pretrain"] = [STAGES[Stage.PRETRAIN].version, settings(Stage.PRETRAIN, profile)]
+        config["pretrain data"] = [settings(Stage.TOKENIZE, profile, profile.pretrain.data)]
+        inputs["pretrain data"] = pretrain_data
+    if base is not None:
+        inputs["base"] = base
+    return stage_key(Stage.CHECKPOINT, 0, config, inputs)
 
 
 def _loss(profile: Profile) -> dict[str, Any]:

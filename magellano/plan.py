@@ -23,7 +23,9 @@ LENGTHS, MOST = 64, 1 << 20  # tokens: the steps of lengths that are tried, and 
 SMALLEST_CHUNK = 64  # rows of the loss: below, its products are no longer efficient
 
 GRADIENTS, KEPT, KEPT_ALL = "gradients", "layer inputs kept", "activations kept"
-_TEMPORARY = (GRADIENTS, KEPT, KEPT_ALL, moments.LAYER, moments.LOSS, moments.DENSE, moments.STEP)
+UNDER_WAY = "held by launches under way"  # what a GPU has used last, but not yet done with when more is allocated
+UNDER_WAY_SHARE = 0.06  # of everything else: production3b on an H100 from 1 x 512 to 1 x 16,384 took 0.06 to 0.13
+_TEMPORARY = (GRADIENTS, KEPT, KEPT_ALL, moments.LAYER, moments.LOSS, moments.DENSE, moments.STEP, UNDER_WAY)
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ def fine_tune(profile: Profile, gpu: bool) -> Plan:
     s = Sizes(profile, gpu)
     held = _held(s)
     found = {name: {**held, **dict.fromkeys(_TEMPORARY, 0), **more} for name, more in _whole_or_layers(s, held)}
+    for parts in found.values():
+        parts[UNDER_WAY] = int(UNDER_WAY_SHARE * sum(parts.values())) if gpu else 0
     totals = {name: sum(parts.values()) for name, parts in found.items()}
     worst = max(totals, key=lambda name: totals[name])
     tokens = s.rows * profile.train.accumulate
-    flops = flops_per_token(profile) * tokens
+    flops = flops_per_token(profile, recomputes(profile, gpu)) * tokens
     return Plan(
         count(profile.model), lora_count(profile.model, profile.lora), found[worst], worst, totals, tokens, flops
     )
@@ -118,13 +122,23 @@ def _held(s: Sizes) -> Parts:
     }
 
 
-def _whole_or_layers(s: Sizes, held: Parts) -> Iterator[tuple[str, Parts]]:
-    kept = activations.kept(s.profile.model, s.rows, s.width)
-    trainable = FLOAT32 * sum(s.adapters)
+def recomputes(profile: Profile, gpu: bool) -> bool:
+    """Whether layers are made again in the backward pass, or their activations kept."""
+    s = Sizes(profile, gpu)
+    return _recomputes(s, _held(s))
+
+
+def _recomputes(s: Sizes, held: Parts) -> bool:
+    kept, trainable = activations.kept(s.profile.model, s.rows, s.width), FLOAT32 * sum(s.adapters)
     needed = sum(held.values()) - 2 * s.state * sum(s.adapters) + 2 * trainable + kept
-    if s.gpu or activations.decided(s.profile.train.recompute, needed, s.profile.memory.limit_gib):
+    return s.gpu or activations.decided(s.profile.train.recompute, needed, s.profile.memory.limit_gib)
+
+
+def _whole_or_layers(s: Sizes, held: Parts) -> Iterator[tuple[str, Parts]]:
+    if _recomputes(s, held):
         yield from _moments(s)
         return
+    kept, trainable = activations.kept(s.profile.model, s.rows, s.width), FLOAT32 * sum(s.adapters)
     sums = trainable if s.profile.train.accumulate > 1 else 0
     yield "gradient of the whole model", {GRADIENTS: sums + trainable, KEPT_ALL: kept}
     yield "loss", {GRADIENTS: sums, KEPT_ALL: kept // 2, **moments.loss(s)}
@@ -161,8 +175,10 @@ def _scale_bytes(spec: ParamSpec) -> int:
     return spec.size // matrix * (blocks + FLOAT32 * (-(-blocks // SCALE_BLOCK)) + FLOAT32)
 
 
-def flops_per_token(profile: Profile) -> int:
-    """Forward, recomputation and the gradient to activations, 2 operations a weight each; adapters add their own."""
+def flops_per_token(profile: Profile, again: bool = True) -> int:
+    """Forward and the gradient to activations, 2 operations a weight each, and as many to make layers `again`; adapters
+    add their own.
+    """
     m = profile.model
     active = adapters = 0
     for spec in parameters(m):
@@ -172,4 +188,4 @@ def flops_per_token(profile: Profile) -> int:
             size = sum(math.prod(shape) for shape in pair)
             adapters += size * m.top_k // m.n_experts if routed else size
     scan = 9 * m.d_inner * m.d_state * sum(m.kind(layer) is LayerKind.MAMBA for layer in range(m.n_layers))
-    return 6 * active + 3 * scan + 8 * adapters
+    return (4 + 2 * again) * active + (2 + again) * scan + (6 + 2 * again) * adapters

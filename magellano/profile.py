@@ -190,6 +190,23 @@ class MemoryConfig(Section):
     limit_gib: NonNegative = 0.0
 
 
+class GateConfig(Section):
+    """When a nightly run's adapter replaces the promoted one. Both, and the base, are measured on the fixed held-out
+    set: the held-out split of the data from which the first adapter was promoted.
+    """
+
+    min_gain_percent: float = 0.0  # by which its loss must be below the promoted one's; -1: 1 % above will do
+    max_accuracy_drop: NonNegative = 0.5  # points of token accuracy that it may lose against the promoted one
+    min_gain_on_base_percent: float = 0.0  # by which its loss must be below the base's
+    max_tokens: Annotated[int, Field(ge=0)] = 0  # of the fixed held-out set; 0: all
+
+
+class DiskConfig(Section):
+    """What everything under $MAGELLANO_HOME may take. 0: no limit but the disk's."""
+
+    budget_gib: NonNegative = 0.0  # after a run, what `magellano gc` may remove goes, oldest first, until it fits
+
+
 class PretrainConfig(Section):
     """Full-parameter training of a base, so that the adapter has something real to stand on."""
 
@@ -211,6 +228,8 @@ class Profile(Section):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     memory: MemoryConfig = MemoryConfig()
+    gate: GateConfig = GateConfig()
+    disk: DiskConfig = DiskConfig()
     pretrain: PretrainConfig | None = None
 
     @model_validator(mode="after")

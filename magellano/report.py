@@ -130,6 +130,19 @@ def stages(run: dict[str, Any]) -> Table:
     return Table("Stages", ("stage", "", "time", "tokens/s", "peak memory"), tuple(rows))
 
 
+def survived(run: dict[str, Any]) -> list[Table]:
+    """What went wrong while a run trained and what was done about it; nothing where nothing did."""
+    rows = []
+    for stage in run["stages"]:
+        for fault in stage["summary"].get("faults", ()):
+            batch, accumulate = fault["then"]
+            smaller = f"{batch} x {accumulate} for {fault['batch']} x {fault['accumulate']}, the same gradient"
+            then = "once more" if batch == fault["batch"] else f"micro-batches of {smaller}"
+            rows.append((stage["stage"], f"{fault['after_step']:,}", fault["fault"], then, _short(fault["told"], 120)))
+    columns = ("stage", "after step", "fault", "from the last checkpoint on", "told")
+    return [Table("Survived", columns, tuple(rows), numbers=False)] if rows else []
+
+
 def accounting(run: dict[str, Any]) -> list[Table]:
     """For each tokenize stage of a run, what became of every row and token, in two lines that balance."""
     return [_books(s["stage"], s["summary"]["accounting"]) for s in run["stages"] if "accounting" in s["summary"]]
@@ -168,21 +181,64 @@ def show_run(run: dict[str, Any], console: "Console") -> None:
 
     `run` is what a flow returns: {"profile": name, "stages": [{"stage", "state", "seconds", "path", "summary"}, ...]}.
     """
-    for table in (*accounting(run), stages(run)):
+    for table in (*accounting(run), stages(run), *survived(run)):
         table.show(console)
     if (evaluation := _evaluation(run)) is not None:
         show_evaluation(evaluation, console)
+    for line in _ending(run):
+        console.print(line, highlight=False, markup=False)
     show_places(run_places(run), console)
 
 
 def run_markdown(run: dict[str, Any]) -> str:
     """The same as a page for Prefect's UI."""
     places = facts("Where it lies", {name: str(path) for name, path in run_places(run).items()})
-    tables = [stages(run), *accounting(run), places]
+    tables = [stages(run), *survived(run), *accounting(run), _made_from(run), places]
     parts = [f"# {run['profile']}", *(table.markdown() for table in tables)]
     if (evaluation := _evaluation(run)) is not None:
         parts.insert(1, evaluation_markdown(evaluation))
+    parts[1:1] = _ending(run)
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _made_from(run: dict[str, Any]) -> Table:
+    """Each artifact of a run with those that it was made from."""
+    rows = [
+        (s["stage"], s.get("key", "")[:8], ", ".join(map(_short_key, s.get("made_from", ())))) for s in run["stages"]
+    ]
+    return Table("What was made from what", ("stage", "key", "made from"), tuple(rows), numbers=False)
+
+
+def _short_key(place: str) -> str:
+    stage, key = place.split("/")
+    return f"{stage} {key[:8]}"
+
+
+def _ending(run: dict[str, Any]) -> list[str]:
+    """The gate's decision, and what the run took, where the run knows."""
+    lines = []
+    if gate := run.get("gate"):
+        lines.append(f"{gate['release'][:8]} {gate['decision']}: {gate['reason']}")
+    if run.get("took"):
+        lines.append(f"run {run['run']} took {took(run['took'])}")
+    return lines
+
+
+def took(facts: dict[str, Any]) -> str:
+    """Time, energy and money of a run, in a line; see magellano.energy."""
+    return f"{duration(facts['seconds'])}, {energy(facts)}, {money(facts)} ({facts['how']})"
+
+
+def energy(facts: dict[str, Any]) -> str:
+    """Energy, with ~ where it is an estimate."""
+    wh = 1000 * facts["kwh"]
+    said = f"{wh:.3g} Wh" if wh < 1000 else f"{facts['kwh']:.3g} kWh"
+    return f"~{said}" if facts["estimated"] else said
+
+
+def money(facts: dict[str, Any]) -> str:
+    """Energy and the machine's share, in the currency of the prices."""
+    return f"{facts['money']:.{2 if facts['money'] >= 1 else 4}f} {facts['currency']}"
 
 
 def _evaluation_folder(run: dict[str, Any]) -> Path | None:

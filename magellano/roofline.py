@@ -26,7 +26,7 @@ GPU_EFFICIENCY, CPU_EFFICIENCY = 0.7, 0.7
 # optimiser. On a CPU in calls of a kernel, which cost several operations (demo with 32 tokens: 0.13 s and no more).
 LAYER_LAUNCHES = {True: {LayerKind.MAMBA: 90, LayerKind.MOE: 130}, False: {LayerKind.MAMBA: 45, LayerKind.MOE: 70}}
 LOSS_LAUNCHES, TENSOR_LAUNCHES = {True: 30, False: 15}, {True: 4, False: 1}
-SCAN_PASSES = 4  # forward twice, and a backward that costs as much as two
+SCAN_BACKWARD = 2  # forwards that the scan's backward costs
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ def step(profile: Profile, on: Machine) -> Step:
     m, micro = profile.model, profile.train.accumulate
     mamba = sum(m.kind(layer) is LayerKind.MAMBA for layer in range(m.n_layers))
     efficiency = GPU_EFFICIENCY if on.gpu else CPU_EFFICIENCY
-    updates = SCAN_PASSES * s.rows * m.d_inner * m.d_state * mamba
+    again = plan.recomputes(profile, on.gpu)  # forward a second time
+    updates = (1 + again + SCAN_BACKWARD) * s.rows * m.d_inner * m.d_state * mamba
     parts = {
-        "products": micro * plan.flops_per_token(profile) * s.rows / (efficiency * on.matmul),
+        "products": micro * plan.flops_per_token(profile, again) * s.rows / (efficiency * on.matmul),
         "scan": micro * updates / on.scan,
-        "weights made dense": micro * _dense_bytes(s) / on.bandwidth,
-        "activations": micro * _activation_bytes(s) / on.bandwidth,
+        "weights made dense": micro * _dense_bytes(s, again) / on.bandwidth,
+        "activations": micro * _activation_bytes(s, again) / on.bandwidth,
         "optimiser": _optimiser_bytes(s) / on.bandwidth,
         "launches": (micro * _launches(s) + TENSOR_LAUNCHES[on.gpu] * len(s.adapters)) * on.launch,
     }
@@ -137,7 +138,7 @@ def matmul_rate_for(profile: Profile, tokens_per_s: float) -> float:
     return plan.flops_per_token(profile) * tokens_per_s
 
 
-def _dense_bytes(s: Sizes) -> int:
+def _dense_bytes(s: Sizes, again: bool) -> int:
     """Codes are read and dense values written, forward, again, and backward; what only makes an output is left out when
     a layer is made again. The head is made dense once on a GPU, and on a CPU twice a chunk of the loss.
     """
@@ -146,19 +147,23 @@ def _dense_bytes(s: Sizes) -> int:
     total = 0.0
     for spec in parameters(s.profile.model):
         if s.quantizes(spec):
-            passes = (1 if s.gpu else 2 * chunks) if spec.target is LoraTarget.HEAD else 3 - (spec.target in unread)
+            passes = (
+                (1 if s.gpu else 2 * chunks)
+                if spec.target is LoraTarget.HEAD
+                else 2 + (again and spec.target not in unread)
+            )
             total += passes * spec.size * (s.width + 0.52)
     return int(total)
 
 
-def _activation_bytes(s: Sizes) -> int:
+def _activation_bytes(s: Sizes, again: bool) -> int:
     """Each of a layer's intermediates written and read once, forward, again and backward; of the loss the logits are
     written, read for the sum, read and written as gradients, and read twice by products.
     """
     m, total = s.profile.model, 6 * s.width * s.rows * s.profile.model.vocab_size
     for layer in range(m.n_layers):
-        twice, once = moments.forward(s, layer)[moments.LAYER], moments.backward(s, layer)[moments.LAYER]
-        total += 2 * (2 * twice + once)
+        forward, backward = moments.forward(s, layer)[moments.LAYER], moments.backward(s, layer)[moments.LAYER]
+        total += 2 * ((1 + again) * forward + backward)
     return total
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from magellano import durable, files, lora
+from magellano import durable, files, lora, registry
 from magellano.artifacts import MANIFEST, Store, home
 from magellano.errors import InputError
 from magellano.names import Stage
 from magellano.profile import Profile
 from magellano.stages.checkpoint import PROFILE
+
+PROMOTED = "@promoted"
 
 
 def input_folder(artifact: Path, stage: Stage) -> Path | None:
@@ -39,7 +41,8 @@ class Release:
 
     @classmethod
     def find(cls, run: str) -> "Release":
-        """The release that `run` means: a folder, the start of a key, or a profile's name for that one's newest.
+        """The release that `run` means: a folder, the start of a key, a profile's name for that one's newest, or
+        PROFILE@promoted for the one in force.
 
         Raises InputError where there is none, or more than one.
         """
@@ -47,6 +50,8 @@ class Release:
             return cls.read(Path(run).resolve())
         if Path(run).is_dir():
             raise InputError(f"{run}: no {lora.CONFIG} in it; not a release")
+        if run.endswith(PROMOTED):
+            return cls.read(home() / "artifacts" / Stage.CHECKPOINT / registry.current(run.removesuffix(PROMOTED)))
         everything = [cls.read(folder) for folder in _folders()]
         if named := [release for release in everything if release.profile.name == run]:
             return named[-1]

@@ -5,21 +5,24 @@ micro-batches. What a step does depends on (settings, step number) and the param
 repeats it to the bit.
 """
 
-import json
+import logging
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from magellano import activations, durable, state
+from magellano import activations, disk, durable, state
 from magellano.backend import compute_dtype, mx, tree_flatten, tree_unflatten
 from magellano.backprop import Backprop, Batch
 from magellano.data import shards
-from magellano.errors import Stopped
+from magellano.errors import Diverged, InputError, Stopped
+from magellano.guard import Guard, NotFinite, Trouble
 from magellano.layout import parameters
+from magellano.metrics import Metrics, MetricsFile
 from magellano.model import MagellanoLM
 from magellano.names import METRICS, Compute
 from magellano.ops.cross_entropy import Renyi
@@ -27,6 +30,8 @@ from magellano.optimizer import AdamW, cosine_with_warmup, global_norm, gradient
 from magellano.profile import LossConfig, TrainConfig
 from magellano.progress import Progress
 from magellano.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 GIB = float(1 << 30)
 SCALE_START, SCALE_MAX, SCALE_GROWTH_STEPS = 2.0**15, 2.0**24, 2000  # dynamic loss scaling (Micikevicius et al. 2018)
@@ -48,23 +53,6 @@ class LossScale:
             self.value = max(1.0, self.value / 2)
         elif self.good == SCALE_GROWTH_STEPS:
             self.value, self.good = min(SCALE_MAX, self.value * 2), 0
-
-
-@dataclass
-class Metrics:
-    """One line of metrics.jsonl. loss: plain cross-entropy in nats a target token, whatever is minimised; norm: before
-    clipping; skipped: gradient not finite.
-    """
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int  # target tokens so far
-    tokens_per_s: float  # input tokens, all of the row
-    peak_gib: float  # MLX's own counter
-    seconds: float
-    skipped: bool = False
 
 
 class Trainer:
@@ -93,7 +81,9 @@ class Trainer:
         self.optimizer.init(model.trainable_parameters())
         float16 = config.compute is Compute.FLOAT16
         self.scale = LossScale(SCALE_START, dynamic=True) if float16 else LossScale()
-        self.step, self.tokens = 0, 0
+        self.step, self.tokens, self.guard = 0, 0, Guard()
+        self.trouble: Trouble | None = None  # what the last step gives reason to set the training back for
+        self.measured: float | None = None  # the held-out loss of the state as it is
         self._follow_schedule()
         self.backprop = Backprop(
             model, Renyi(loss.alpha, loss.beta) if loss and loss.has_entropy else None,
@@ -101,9 +91,12 @@ class Trainer:
         )  # fmt: skip
 
     def one_step(self) -> Metrics:
-        """Take the next step and return its metrics."""
+        """Take the next step and return its metrics; `trouble` says whether the training should be set back."""
         c, started = self.config, time.perf_counter()
-        batches = [self._micro_batch(i) for i in range(c.accumulate)]
+        self.trouble, self.measured = None, None
+        if self.step + 1 in self.guard.passed:
+            return self._pass_over()
+        batches = [self.train.batch(rows) for rows in self._rows(self.step + 1).reshape(c.accumulate, c.batch)]
         total = sum(float(b.weights.sum()) for b in batches)
         grads: dict[str, mx.array] = {}
         nll, squares = mx.zeros(()), mx.zeros(())
@@ -124,8 +117,10 @@ class Trainer:
         finite, lr = bool(np.isfinite(grad_norm) and np.isfinite(loss)), self._rate(self.step)
         if not finite:
             self.optimizer.take_back()
+        can_overflow = self.scale.dynamic and self.scale.value > 1.0
         self.scale.update(finite)
         self.step += 1
+        self.trouble = self.guard.judge(self.step, loss if total else None, finite, can_overflow)
         self.tokens += int(total)
         if not finite:
             self._follow_schedule()
@@ -135,6 +130,14 @@ class Trainer:
             self.step, loss, lr, grad_norm, self.tokens, inputs / seconds,
             mx.get_peak_memory() / GIB, seconds, not finite,
         )  # fmt: skip
+
+    def _pass_over(self) -> Metrics:
+        """The next step without its batch: nothing is trained."""
+        lr = self._rate(self.step)
+        self.step += 1
+        self._follow_schedule()
+        peak = mx.get_peak_memory() / GIB
+        return Metrics(self.step, math.nan, lr, math.nan, self.tokens, 0.0, peak, 0.0, skipped=True)
 
     def _rate(self, step: int) -> float:
         """The learning rate of step `step`, from 0."""
@@ -148,15 +151,19 @@ class Trainer:
         skipped = self.step - int(np.array(self.optimizer.step))
         self.optimizer.learning_rate = lambda step: self._rate(step + skipped)
 
-    def _micro_batch(self, micro: int) -> shards.Batch:
-        c = self.config
-        first = (self.step * c.accumulate + micro) * c.batch
-        return self.train.batch(shards.indices(first, c.batch, self.train.rows, c.seed))
+    def _rows(self, step: int) -> np.ndarray:
+        """The row numbers of step `step`, from 1."""
+        c, count = self.config, self.config.accumulate * self.config.batch
+        return shards.indices((step - 1) * count, count, self.train.rows, c.seed)
 
-    def held_out_loss(self, rows: int = 64) -> float:
-        """Nats a target token over the first `rows` held-out rows; training is left as it was."""
+    def held_out_loss(self, rows: int = 64, unless: Callable[[], bool] = lambda: False) -> float | None:
+        """Nats a target token over the first `rows` held-out rows; training is left as it was. None where `unless`,
+        which is asked before each batch, says to stop.
+        """
         nll, total = 0.0, 0.0
         for first in range(0, min(rows, self.held_out.rows), self.config.batch):
+            if unless():
+                return None
             index = np.arange(first, min(first + self.config.batch, rows, self.held_out.rows))
             b = self.held_out.batch(index)
             scores, _ = self.model.scores(
@@ -171,21 +178,74 @@ class Trainer:
         return dict(tree_flatten(self.model.trainable_parameters()))
 
     def save(self, folder: Path) -> None:
-        """Write the whole running state, sealed: parameters, optimiser, loss scale, position."""
-        facts = {"step": self.step, "tokens": self.tokens, "loss_scale": asdict(self.scale)}
-        state.save(folder, self.step, self.tensors(), dict(tree_flatten(self.optimizer.state)), facts)
+        """Write the whole running state, sealed: parameters, optimiser, loss scale, position, the guard's memory.
+
+        Raises NotFinite, and writes nothing, where a parameter or a state of the optimiser is not finite.
+        """
+        tensors, moments = self.tensors(), dict(tree_flatten(self.optimizer.state))
+        finite = mx.stack([mx.isfinite(a).all() for a in (*tensors.values(), *moments.values())])
+        if not np.array(finite).all():
+            raise NotFinite(f"the state after step {self.step} is not finite")
+        facts = {
+            "tokens": self.tokens,
+            "loss_scale": asdict(self.scale),
+            "guard": asdict(self.guard),
+            state.HELD_OUT: self.measured,
+        }
+        state.save(folder, self.step, tensors, moments, facts)
 
     def resume(self, folder: Path) -> bool:
-        """Continue from the last verified checkpoint under `folder`, if there is one."""
+        """Continue from the last verified checkpoint under `folder`, if there is one. InputError where it is another
+        run's.
+        """
+        state.remove_leftovers(folder)
         found = state.latest(folder)
+        if found is not None:
+            self._restore(found, folder)
+        return found is not None
+
+    def roll_back(self, folder: Path, trouble: Trouble) -> None:
+        """Go back to the last checkpoint under `folder` that the blamed batches have not touched, and pass them over
+        from now on. Raises Diverged where there is none, or where that was done too often.
+        """
+        guard = self.guard
+        step = guard.pass_over(trouble, lambda step: [int(row) for row in self._rows(step)])
+        found = state.latest(folder, at_most=step)
         if found is None:
-            return False
-        facts = found.facts
+            raise Diverged(f"step {self.step}: {trouble.why}; there is no checkpoint up to step {step} to go back to")
+        self._restore(found, folder)
+        self.guard = replace(self.guard, passed=guard.passed, rollbacks=guard.rollbacks)
+        state.forget_after(folder, self.step)
+
+    def room(self, folder: Path) -> int:
+        """Bytes that must be free under `folder` for the checkpoints to come: those that stay and one being written, as
+        far as they are not there.
+        """
+        c, there = self.config, len(state.by_step(folder))
+        every = min(c.checkpoint_every, c.evaluate_every or c.checkpoint_every)
+        to_come = math.ceil((c.steps - self.step) / every) + (not there)
+        most = state.KEPT + 1 + bool(c.evaluate_every)
+        return min(to_come, max(1, most - there)) * state.size(self.tensors(), dict(tree_flatten(self.optimizer.state)))
+
+    def _restore(self, found: state.Found, folder: Path) -> None:
+        ours = self.tensors(), dict(tree_flatten(self.optimizer.state))
+        for mine, theirs in zip(ours, (found.parameters, found.optimizer), strict=True):
+            if _kinds(mine) != _kinds(theirs):
+                raise InputError(
+                    f"{folder}: the checkpoint of step {found.step} is another run's: its tensors have other names, "
+                    "shapes or types; remove the folder to start again"
+                )
+        del ours, mine, theirs
         self.model.update(tree_unflatten(list(found.parameters.items())))
         self.optimizer.state = tree_unflatten(list(found.optimizer.items()))
-        self.step, self.tokens, self.scale = facts["step"], facts["tokens"], LossScale(**facts["loss_scale"])
+        facts = found.facts
+        self.step, self.tokens, self.scale = found.step, facts["tokens"], LossScale(**facts["loss_scale"])
+        self.guard, self.measured, self.trouble = Guard(**facts["guard"]), facts[state.HELD_OUT], None
         self._follow_schedule()
-        return True
+
+
+def _kinds(tensors: dict[str, mx.array]) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+    return {name: (a.shape, a.dtype) for name, a in tensors.items()}
 
 
 def _added(sums: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -199,59 +259,95 @@ def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, An
     """Train to the last step, resuming what `work` holds; checkpoints and metrics.jsonl go there. Returns the run's
     facts.
 
-    Raises Stopped after SIGTERM or SIGINT, with the state saved.
+    Raises Stopped after SIGTERM or SIGINT, with the state saved; DiskFull where there is no room for the checkpoints;
+    Diverged where the training goes wrong however often it is set back (see guard.py).
     """
-    durable.private_folder(work)
-    c, resumed, metrics = trainer.config, trainer.resume(work), MetricsFile(work / METRICS)
-    metrics.rewind(trainer.step)
-    mx.reset_peak_memory()
-    started, first = time.perf_counter(), trainer.step
     with StopRequest() as stop:
-        while trainer.step < c.steps:
-            m = trainer.one_step()
-            last = trainer.step == c.steps
-            if trainer.step % c.log_every == 0 or trainer.step == 1 or last or m.skipped:
-                metrics(asdict(m))
-            progress(trainer.step, c.steps, loss=m.loss, tokens_per_s=m.tokens_per_s, peak_gib=m.peak_gib)
-            if last or (c.evaluate_every and trainer.step % c.evaluate_every == 0):
-                metrics({"step": trainer.step, "held_out_loss": trainer.held_out_loss()})
-            if last or stop.requested or trainer.step % c.checkpoint_every == 0:
-                trainer.save(work)
-            if stop.requested and not last:
-                raise Stopped(
-                    f"stopped at step {trainer.step} of {c.steps}; the state is saved, the next start continues"
-                )
-    seconds = time.perf_counter() - started
-    inputs = (trainer.step - first) * c.batch * c.accumulate * trainer.train.seq_len
-    return {
-        "steps": trainer.step,
-        "resumed_from": first if resumed else 0,
-        "target_tokens": trainer.tokens,
-        "tokens_per_s": inputs / seconds,
-        "peak_gib": mx.get_peak_memory() / GIB,
-        "seconds": seconds,
-    }
+        return _Run(trainer, work, progress, stop).to_end()
 
 
-class MetricsFile:
-    """metrics.jsonl in the work folder; on resume, lines after the checkpoint's step go, so that none stands twice."""
+class _Run:
+    """One process's share of a training."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, trainer: Trainer, work: Path, progress: Progress, stop: StopRequest):
+        self.trainer, self.work, self.progress, self.stop = trainer, durable.private_folder(work), progress, stop
+        self.resumed = trainer.resume(work)
+        disk.require(work, trainer.room(work))
+        self.saved = trainer.step if self.resumed else -1  # the step whose state is on disk
+        self.metrics = MetricsFile(work / METRICS)
+        self.metrics.rewind(trainer.step, trainer.guard.rollbacks)
 
-    def rewind(self, step: int) -> None:
-        """Keep the lines up to `step`."""
-        kept = [line for line in self._lines() if line["step"] <= step] if self.path.is_file() else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.path.chmod(0o600)
+    def to_end(self) -> dict[str, Any]:
+        t, c = self.trainer, self.trainer.config
+        mx.reset_peak_memory()
+        started, first, trained = time.perf_counter(), t.step, 0
+        self._settle()  # there is a checkpoint of step 0, and an evaluation that a stop broke off is made up for
+        while t.step < c.steps:
+            m = t.one_step()
+            trained += 1
+            if t.step % c.log_every == 0 or t.step == 1 or t.step == c.steps or m.skipped:
+                self.metrics(asdict(m))
+            facts = {"loss": m.loss, "tokens_per_s": m.tokens_per_s, "peak_gib": m.peak_gib}
+            self.progress(t.step, c.steps, **{k: v for k, v in facts.items() if math.isfinite(v)})
+            self._settle()
+        seconds = time.perf_counter() - started
+        return {
+            "steps": t.step,
+            "resumed_from": first if self.resumed else 0,
+            "target_tokens": t.tokens,
+            "tokens_per_s": trained * c.batch * c.accumulate * t.train.seq_len / seconds,
+            "peak_gib": mx.get_peak_memory() / GIB,
+            "seconds": seconds,
+            "skipped": t.step - int(np.array(t.optimizer.step)),
+            "rollbacks": t.guard.rollbacks,
+        }
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        for text in self.path.read_text(encoding="utf-8").splitlines():
+    def _settle(self) -> None:
+        """After a step: go back where it went wrong; evaluate, save and stop where that is due."""
+        t = self.trainer
+        trouble = t.trouble
+        if trouble is None:
             try:
-                yield json.loads(text)
-            except json.JSONDecodeError:
-                return  # a line cut off by a kill: it lies after the checkpoint
+                self._save(self._evaluated())
+            except NotFinite as e:
+                trouble = Trouble(str(e), (t.step,))
+        if self.stop.requested:
+            state_is = "the state is saved" if trouble is None else f"it went wrong ({trouble.why}) and is not saved"
+            raise Stopped(f"stopped at step {t.step} of {t.config.steps}; {state_is}, the next start continues")
+        if trouble is not None:
+            self._set_back(trouble)
 
-    def __call__(self, line: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+    def _evaluated(self) -> bool:
+        """Measure the held-out loss where that is due. Whether the state is to be saved with it, for it is the best."""
+        t, c = self.trainer, self.trainer.config
+        due = t.step == c.steps or (c.evaluate_every and t.step and t.step % c.evaluate_every == 0)
+        if not due or t.measured is not None:
+            return False
+        loss = t.held_out_loss(unless=lambda: self.stop.requested)
+        if loss is None:
+            return False
+        self.metrics({"step": t.step, "held_out_loss": loss})
+        t.measured = loss if math.isfinite(loss) else None
+        best = state.best(self.work)
+        return t.measured is not None and (self.saved == t.step or best is None or loss < best[1])
+
+    def _save(self, wanted: bool) -> None:
+        """Save where `wanted` or due: at every multiple of checkpoint_every, or as soon after it as the state is not in
+        doubt, so that one stays that is older than the doubt.
+        """
+        t, every = self.trainer, self.trainer.config.checkpoint_every
+        due = t.step // every > self.saved // every and not t.guard.doubts(t.step)
+        if wanted or (self.saved != t.step and (due or t.step == t.config.steps or self.stop.requested)):
+            t.save(self.work)
+            self.saved = t.step
+
+    def _set_back(self, trouble: Trouble) -> None:
+        t = self.trainer
+        at = t.step
+        t.roll_back(self.work, trouble)
+        self.saved = t.step
+        self.metrics.rewind(t.step, t.guard.rollbacks)
+        log.warning(
+            "step %d: %s; set back to step %d, the batches of steps %s are passed over from now on",
+            at, trouble.why, t.step, ", ".join(str(p["step"]) for p in t.guard.rollbacks[-1]["passed"]),
+        )  # fmt: skip

@@ -12,10 +12,9 @@ from tasks.stage import Bench, carry_out, options
 
 @task(**options(Stage.PRETRAIN))
 def pretrain(profile: Profile, tokens: ArtifactRef, rerun: str = "") -> State[ArtifactRef]:
-    """The base that [pretrain.train] makes of the seeded initial weights."""
-    from magellano.stages import pretrain as stage
+    """The base that [pretrain.train] makes of the seeded initial weights, in a child process."""
 
     def make(bench: Bench) -> dict[str, Any]:
-        return stage.run(bench.out, profile, bench.path(tokens), bench.work(), bench.progress)
+        return bench.isolated(profile, tokens)
 
     return carry_out(Stage.PRETRAIN, profile, {"tokens": tokens}, make, rerun)

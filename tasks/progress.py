@@ -22,7 +22,7 @@ PUBLISH_S = 3.0  # seconds between two updates of the UI
 class StageProgress:
     """A magellano.progress.Progress. A call costs microseconds: what may have to wait is done on another thread."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage | str) -> None:
         self._stage = stage
         self._person: progress.Progress = self._to_log if settings.in_worker() else progress.silent
         self._leave = ExitStack()

@@ -7,7 +7,9 @@ from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from magellano import report
 from magellano.artifacts import ArtifactRef, Store
+from magellano.names import Stage
 from tasks import background
 
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(([\w.-]+\.png)\)")
@@ -30,15 +32,44 @@ def stage_artifacts(store: Store, ref: ArtifactRef, reused: bool) -> None:
     background.attempt(f"{stage} artifacts", publish)
 
 
+def run_report(run: dict[str, Any]) -> None:
+    """Store what a run came to (see magellano.report.run_markdown) with the current flow run."""
+    folder = next((Path(s["path"]) for s in run["stages"] if s["stage"] == Stage.EVALUATE), None)
+    text, _ = _with_pictures(report.run_markdown(run), folder) if folder else (report.run_markdown(run), set())
+
+    def publish() -> None:
+        create_markdown_artifact(markdown=text, key="run-report", description=f"run {run['run']}: all of it on a page")
+
+    background.attempt("the run's report", publish)
+
+
 def facts_table(summary: dict[str, Any], ref: ArtifactRef, folder: Path, reused: bool) -> list[dict[str, str]]:
     """Rows of name and value: the summary's plain values (nested ones by dotted name), then where the artifact lies."""
-    rows = {**_leaves(summary), "state": "reused" if reused else "built", "key": ref.key, "digest": ref.digest}
+    faults = report.survived({"stages": [{"stage": ref.stage.value, "summary": summary}]})
+    told = {
+        f"survived {n}": ", ".join(("after step " + row[1], *row[2:]))
+        for table in faults
+        for n, row in enumerate(table.rows, 1)
+    }
+    rows = {**_leaves(summary), **told, "state": "reused" if reused else "built", "key": ref.key, "digest": ref.digest}
     rows |= {"bytes": f"{ref.bytes:,}", "folder": str(folder)}
     return [{"fact": name, "value": value} for name, value in rows.items()]
 
 
 def pages(folder: Path) -> str:
     """The folder's Markdown pages with their pictures inside (as data: URIs), then its other pictures."""
+    shown: set[str] = set()
+    parts = []
+    for page in sorted(folder.glob("*.md")):
+        text, names = _with_pictures(page.read_text(encoding="utf-8"), folder)
+        parts.append(text)
+        shown |= names
+    parts += [_inline(path.stem, path) for path in sorted(folder.glob("*.png")) if path.name not in shown]
+    return "\n\n".join(parts)
+
+
+def _with_pictures(text: str, folder: Path) -> tuple[str, set[str]]:
+    """`text` with the pictures of `folder` that it names inside it, and their names."""
     shown: set[str] = set()
 
     def inside(match: re.Match[str]) -> str:
@@ -48,9 +79,7 @@ def pages(folder: Path) -> str:
         shown.add(name)
         return _inline(match[1], folder / name)
 
-    parts = [_PICTURE.sub(inside, page.read_text(encoding="utf-8")) for page in sorted(folder.glob("*.md"))]
-    parts += [_inline(path.stem, path) for path in sorted(folder.glob("*.png")) if path.name not in shown]
-    return "\n\n".join(parts)
+    return _PICTURE.sub(inside, text), shown
 
 
 def _inline(title: str, picture: Path) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from magellano import artifacts
-from magellano.errors import DiskFull, InputError, OutOfMemory, Stopped
+from magellano.errors import Aborted, DiskFull, InputError, OutOfMemory, Stopped
 
 PREFECT_TOML = Path(__file__).resolve().parent.parent / "prefect.toml"
-EXPECTED = (InputError, DiskFull, OutOfMemory, Stopped)  # failures that are no bug: their one line says it all
+EXPECTED = (InputError, DiskFull, OutOfMemory, Stopped, Aborted)  # failures that are no bug: their one line says it all
 
 
 def environment() -> dict[str, str]:

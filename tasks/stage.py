@@ -15,7 +15,7 @@ from prefect import State
 from prefect.cache_policies import CachePolicy
 from prefect.states import Completed
 
-from magellano import artifacts, pipeline
+from magellano import artifacts, isolation, pipeline
 from magellano.artifacts import ArtifactRef, Inputs, Store
 from magellano.names import Stage
 from magellano.profile import DataConfig, Profile
@@ -86,3 +86,8 @@ class Bench:
     def work(self) -> Path:
         """The folder that an interrupted stage continues from."""
         return self._store.work(self._stage, self._key)
+
+    def isolated(self, profile: Profile, *inputs: ArtifactRef) -> dict[str, Any]:
+        """Train in a child process, which holds this artifact's lock as long as it lives."""
+        folders, lock = [self.path(ref) for ref in inputs], self._store.lock(self._stage, self._key)
+        return isolation.run(self._stage, self.out, profile, folders, self.work(), self.progress, lock)

@@ -14,11 +14,11 @@ from tasks.stage import Bench, carry_out, options
 def train(
     profile: Profile, tokens: ArtifactRef, base: ArtifactRef, adapter: ArtifactRef, rerun: str = ""
 ) -> State[ArtifactRef]:
-    """The adapter that [train] makes of the starting one; continues what an interrupted run left in its work folder."""
-    from magellano.stages import train as stage
+    """The adapter that [train] makes of the starting one, in a child process; continues what an interrupted run left in
+    its work folder.
+    """
 
     def make(bench: Bench) -> dict[str, Any]:
-        folders = bench.path(tokens), bench.path(base), bench.path(adapter)
-        return stage.run(bench.out, profile, *folders, bench.work(), bench.progress)
+        return bench.isolated(profile, tokens, base, adapter)
 
     return carry_out(Stage.TRAIN, profile, {"tokens": tokens, "base": base, "adapter": adapter}, make, rerun)

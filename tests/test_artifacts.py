@@ -7,15 +7,16 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from magellano import artifacts, pipeline
+from magellano import artifacts, durable, pipeline
 from magellano.artifacts import ASIDE, MANIFEST, ArtifactRef, Built, Store, stage_key
 from magellano.errors import DiskFull
-from magellano.names import LoraTarget, Stage
+from magellano.names import METRICS, LoraTarget, Stage
 from magellano.profile import load_profile
 
 STAGE, KEY = Stage.QUANTIZE, "k" * 32
@@ -84,6 +85,21 @@ def test_digest_is_of_the_content_alone(store, tmp_path):
     same = other.build(Stage.TRAIN, "z" * 32, version=7, inputs={}, config={}, make=Maker())
     assert same.ref.digest == build(store, Maker()).ref.digest
     assert build(store, Maker("other"), key="o" * 32).ref.digest != same.ref.digest
+
+
+def test_measured_times_are_not_part_of_a_reference(store, tmp_path):
+    """Releases record the references of what they came from: a rerun that took longer must give the same release."""
+
+    def make(seconds: float):
+        def write(out: Path) -> dict[str, object]:
+            (out / METRICS).write_text(json.dumps({"seconds": seconds}))
+            (out / "weights").write_text("w")
+            return {}
+
+        return write
+
+    first = build(store, make(1.0)).ref
+    assert build(store, make(1234.5678), rerun="again").ref == first
 
 
 def test_a_moved_home_keeps_its_artifacts(store, tmp_path):
@@ -169,6 +185,22 @@ def test_a_full_disk_is_one_line_with_numbers(store):
     assert leftovers(store) == []
 
 
+@pytest.mark.parametrize(("number", "told"), [(errno.EIO, OSError), (errno.ENOSPC, DiskFull)])
+def test_a_failure_after_the_rename_is_told_as_what_it_is(store, monkeypatch, number, told):
+    """The last fsync fails when the temporary folder has its final name: there is nothing to measure under the old."""
+    fsync = durable.fsync
+
+    def fails(path: Path) -> None:
+        if path == store.home / "artifacts" / STAGE:
+            raise OSError(number, "failed")
+        fsync(path)
+
+    monkeypatch.setattr(durable, "fsync", fails)
+    with pytest.raises(told) as e:
+        build(store, Maker())
+    assert not isinstance(e.value, FileNotFoundError)
+
+
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a tiny disk")
 def test_a_really_full_disk(tmp_path):
     home = tmp_path / "small"
@@ -241,6 +273,30 @@ def test_work_stays_after_a_failure_and_goes_after_the_commit(store):
     assert not (store.home / "work" / STAGE / KEY).exists()
 
 
+def test_work_left_by_a_kill_right_after_the_commit_goes_with_the_next_use(store):
+    build(store, Maker())
+    (store.work(STAGE, KEY) / "step-1").write_text("state")
+    assert build(store, Maker()).reused
+    assert not (store.home / "work" / STAGE / KEY).exists()
+
+
+@pytest.mark.parametrize("key", [KEY, "n" * 32], ids=["its own next build", "another key's build"])
+def test_a_rerun_that_dies_before_its_artifact_stands_leaves_the_old_one(store, key, monkeypatch):
+    ref = build(store, Maker()).ref
+
+    def fails(temporary: Path, final: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(durable, "publish", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            build(store, Maker("better"), rerun="run-1")
+    again = build(store, Maker(), key=key)
+    assert again.reused == (key == KEY)
+    assert store.find(STAGE, KEY) == ref
+    assert leftovers(store) == []
+
+
 BUILDER = """
 import os, sys, time
 from pathlib import Path
@@ -270,23 +326,81 @@ def wait_for(home: Path, pattern: str) -> None:
         time.sleep(0.02)
 
 
-def test_of_several_processes_one_builds(store):
-    several = [builder(store.home, KEY, 0.5) for _ in range(4)]
-    said = [p.communicate(timeout=60)[0].split() for p in several]
+def test_of_eight_processes_one_builds(store):
+    eight = [builder(store.home, KEY, 0.5) for _ in range(8)]
+    said = [p.communicate(timeout=60)[0].split() for p in eight]
     assert len({digest for digest, _ in said}) == 1
-    assert sorted(reused for _, reused in said) == ["False", "True", "True", "True"]
+    assert sorted(reused for _, reused in said) == ["False", *["True"] * 7]
     assert len(list(store.home.glob("started-*"))) == 1
 
 
-def test_a_killed_builder_blocks_nobody_and_its_rest_is_removed(store, caplog):
-    victims = [builder(store.home, key, 600) for key in (KEY, "v" * 32)]
-    for victim in victims:
-        wait_for(store.home, f"started-{victim.pid}")
-    waiting = builder(store.home, KEY, 0)
-    for victim in victims:
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
-    assert waiting.communicate(timeout=60)[0].split()[1] == "False"
+def test_a_killed_builder_blocks_none_of_seven_and_one_of_them_builds(store):
+    victim = builder(store.home, KEY, 600)
+    wait_for(store.home, f"started-{victim.pid}")
+    (store.work(STAGE, KEY) / "step-1").write_text("of the victim")
+    seven = [builder(store.home, KEY, 0.2) for _ in range(7)]
+    time.sleep(0.5)
+    assert all(p.poll() is None for p in seven), "they wait"
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    said = [p.communicate(timeout=60)[0].split() for p in seven]
+    assert sorted(reused for _, reused in said) == ["False", *["True"] * 6]
+    assert len(list(store.home.glob("started-*"))) == 2
+    assert leftovers(store) == []
+    assert not (store.home / "work" / STAGE / KEY).exists()
+
+
+SWEEPER = """
+import sys
+from pathlib import Path
+from magellano.artifacts import Store
+from magellano.names import Stage
+store, ours = Store(Path(sys.argv[1])), int(sys.argv[2])
+def make(out):
+    (out / "file").write_text("text")
+    work = store.work(Stage.TRAIN, key)
+    (work / "alone").touch(exist_ok=False)  # FileExistsError where somebody else is in this run's folder
+    (work / "alone").unlink()
+    return {}
+for n in range(60):
+    key = f"{(n * 7 + ours) % 60:032x}"
+    store.build(Stage.TRAIN, key, version=1, inputs={}, config={}, make=make, rerun=f"{ours // 4}" if n % 3 else "")
+    assert store.find(Stage.TRAIN, key)
+"""
+
+
+def test_eight_processes_build_sweep_and_build_again_beside_each_other(store):
+    """Sixty keys of one stage at once: a builder's sweep must bear that others finish."""
+    command = [sys.executable, "-c", SWEEPER, str(store.home)]
+    eight = [subprocess.Popen([*command, str(n)], stderr=subprocess.PIPE, text=True, cwd=ROOT) for n in range(8)]
+    for process in eight:
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, error
+    assert len(list((store.home / "artifacts" / Stage.TRAIN).iterdir())) == 60
+
+
+def test_an_artifact_that_is_being_replaced_is_there(store, monkeypatch):
+    ref, publish, between = build(store, Maker()).ref, durable.publish, threading.Event()
+
+    def slowly(temporary: Path, final: Path) -> None:
+        between.set()
+        time.sleep(0.5)
+        publish(temporary, final)
+
+    monkeypatch.setattr(durable, "publish", slowly)
+    again = threading.Thread(target=build, args=(store, Maker()), kwargs={"rerun": "run-1"})
+    again.start()
+    assert between.wait(10)
+    assert not store.path(ref).exists(), "the old one is out of the way, the new one not yet in its place"
+    assert store.find(STAGE, KEY) == ref
+    again.join()
+
+
+def test_a_killed_builder_s_rest_is_removed(store, caplog):
+    victim = builder(store.home, "v" * 32, 600)
+    wait_for(store.home, f"started-{victim.pid}")
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
     build(store, Maker(), key="n" * 32)  # any build of the stage sweeps what dead ones left
     assert leftovers(store) == []
 

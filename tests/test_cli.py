@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from magellano import cli
-from magellano.commands import COMMANDS, benchmark, pretrain, train
+from magellano.commands import COMMANDS, benchmark, nightly, pretrain, train
 from magellano.errors import DiskFull, InputError, OutOfMemory, Stopped
 
 HELP = [sys.executable, "-m", "magellano.cli", "--help"]
@@ -227,6 +229,30 @@ def test_pretrain_hands_on_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     )
     assert run(capsys, "pretrain", "demo", "--set", "pretrain.train.steps=20", "--rerun", "--json")[0] == 0
     assert seen == {"flow": "pretrain", "profile": "demo", "overrides": {"pretrain.train.steps": 20}, "rerun": True}
+
+
+def test_nightly_hands_on_the_same_and_says_that_nothing_is_new(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    seen: dict[str, Any] = {}
+    idle = {"stages": [], "nothing_new": "nothing new since run 7"}
+    monkeypatch.setattr(nightly, "load_flow", lambda name: lambda **given: seen.update(given, flow=name) or idle)
+    code, out, _ = run(capsys, "nightly", "demo", "--set", "gate.min_gain_percent=1.5", "--force")
+    assert code == 0
+    assert out == "no training: nothing new since run 7\n"
+    assert seen == {
+        "flow": "nightly",
+        "profile": "demo",
+        "overrides": {"gate.min_gain_percent": 1.5},
+        "force": True,
+    }
+
+
+def test_every_flow_that_a_command_asks_for_is_an_entry_point():
+    declared = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["entry-points"]
+    flows = {name: EntryPoint(name, value, "") for name, value in declared["magellano.flows"].items()}
+    for command in (train, pretrain, nightly):
+        assert flows[command.FLOW].load().name == command.FLOW
 
 
 def test_without_the_pipeline_extra_the_remedy_is_named(

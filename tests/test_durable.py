@@ -3,6 +3,9 @@
 import json
 import os
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,3 +125,28 @@ def test_a_folder_that_is_a_link_is_not_trusted(sealed: Path) -> None:
     sealed.rename(sealed.parent / "moved")
     sealed.symlink_to("moved")
     assert durable.damage(sealed, SEAL) == "it is a symbolic link"
+
+
+def test_a_text_is_whole_whatever_kills_its_writer(tmp_path: Path) -> None:
+    """kill -9 at any moment: what stood there before, or what was written; and it can be written again."""
+    path = tmp_path / "registry.json"
+    texts = {"a" * 3_000_000, "b" * 4_000_000}
+    code = f"""
+from pathlib import Path
+from magellano import durable
+while True:
+    for letter, count in (("a", 3_000_000), ("b", 4_000_000)):
+        durable.write_text(Path({str(path)!r}), letter * count)
+"""
+    for delay in (0.0, 0.003, 0.01, 0.02, 0.035, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(f"*{process.pid}")):
+            assert time.monotonic() < deadline
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        assert not path.exists() or path.read_text() in texts
+    durable.write_text(path, "after")
+    assert path.read_text() == "after"
+    assert path.stat().st_mode & 0o777 == 0o600

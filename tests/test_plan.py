@@ -94,7 +94,7 @@ def test_adapters_are_what_training_starts_with():
 
 def test_production3b_by_part_on_a_gpu():
     """Each number from its shapes by hand: D 2048, I 4096, F 8192, V 50,257, 30 Mamba and 9 MoE layers, rank 72."""
-    profile = load_profile("production3b", {"train.batch": 4})
+    profile = load_profile("production3b", {"train.batch": 1})
     p = plan.fine_tune(profile, gpu=True)
     r, D, I, F, V = 72, 2048, 4096, 8192, 50257
     mamba = r * (D + 2 * I) + r * (I + 48) + r * (16 + I) + r * (I + D)
@@ -105,8 +105,8 @@ def test_production3b_by_part_on_a_gpu():
     assert p.memory["optimiser"] == 2 * 2 * trainable  # float16
     assert p.moment == "backward of layer 3 (moe)"  # of the first MoE layer, when nearly all gradients are there
     assert p.memory["gradients"] == 2 * (trainable - 3 * mamba - moe)  # bfloat16
-    assert p.memory["layer inputs kept"] == 5 * 4 * 512 * D * 2  # of layers 0 to 3, and the gradient coming down
-    assert p.memory["a weight, dense"] == 8 * F * D * 2  # all experts of one matrix
+    assert p.memory["layer inputs kept"] == 5 * 512 * D * 2  # of layers 0 to 3, and the gradient coming down
+    assert p.memory["a weight, dense"] == 3 * F * D * 2  # one matrix of the experts of a part
     assert p.memory["weights in 4 bits"] == pytest.approx(p.parameters / 2, rel=0.01)
 
 

@@ -137,6 +137,26 @@ def test_the_end_of_a_run_as_markdown(tmp_path: Path):
         assert part in page
 
 
+FAULTS = [
+    {"fault": "out of memory", "after_step": 1200, "told": "SIGABRT", "batch": 4, "accumulate": 1, "then": [2, 2]},
+    {"fault": "GPU fault", "after_step": 1300, "told": "hang", "batch": 2, "accumulate": 2, "then": [2, 2]},
+]
+
+
+def test_faults_that_were_survived_are_told(tmp_path: Path):
+    assert report.survived(run(tmp_path)) == []
+    assert "Survived" not in terminal(report.show_run, run(tmp_path))
+    faulty = run(tmp_path)
+    faulty["stages"][1]["summary"]["faults"] = FAULTS
+    (table,) = report.survived(faulty)
+    assert [row[1:4] for row in table.rows] == [
+        ("1,200", "out of memory", "micro-batches of 2 x 2 for 4 x 1, the same gradient"),
+        ("1,300", "GPU fault", "once more"),
+    ]
+    for text in (terminal(report.show_run, faulty), report.run_markdown(faulty)):
+        assert "micro-batches of 2 x 2 for 4 x 1, the same gradient" in text
+
+
 def test_a_run_that_was_not_evaluated_still_has_its_table(tmp_path: Path):
     short = run(tmp_path)
     short["stages"] = short["stages"][:2]
@@ -157,6 +177,26 @@ def test_a_run_that_was_not_evaluated_still_has_its_table(tmp_path: Path):
 )
 def test_durations(seconds: float, text: str):
     assert report.duration(seconds) == text
+
+
+TOOK = {"seconds": 65.2, "kwh": 0.0123, "estimated": True, "money": 0.0042, "currency": "USD", "how": "65 W assumed"}
+
+
+def test_what_a_run_took_is_marked_where_it_is_an_estimate():
+    assert report.took(TOOK) == "1 min 05 s, ~12.3 Wh, 0.0042 USD (65 W assumed)"
+    told = {**TOOK, "estimated": False, "kwh": 2.5, "money": 12.345}
+    assert report.took(told) == "1 min 05 s, 2.5 kWh, 12.35 USD (65 W assumed)"
+
+
+def test_a_runs_page_ends_with_gate_lineage_and_cost(tmp_path: Path):
+    stage = {"stage": "train", "state": "built", "seconds": 1.0, "path": str(tmp_path), "summary": {}, "key": "a" * 32}
+    gate = {"release": "b" * 32, "decision": "kept aside", "reason": "it is worse"}
+    run = {"profile": "demo", "run": 7, "stages": [{**stage, "made_from": ["tokenize/" + "c" * 32]}]}
+    page = report.run_markdown({**run, "gate": gate, "took": TOOK})
+    assert "bbbbbbbb kept aside: it is worse" in page
+    assert "run 7 took 1 min 05 s, ~12.3 Wh" in page
+    assert "| train | aaaaaaaa | tokenize cccccccc |" in page
+    assert "kept aside" not in report.run_markdown(run)
 
 
 @pytest.mark.parametrize(

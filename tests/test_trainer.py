@@ -1,71 +1,27 @@
 """Accumulation against one large batch, resuming to the bit, float16 loss scaling, all-masked batches."""
 
 import dataclasses
-import hashlib
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from magellano import backprop, lora, nf4, state
+from magellano import backprop, lora, state
 from magellano import trainer as trainer_module
 from magellano.backend import mx, on_gpu
 from magellano.backprop import Batch
-from magellano.data import shards
 from magellano.errors import Stopped
-from magellano.layout import ParamSpec
-from magellano.linear import Weight
-from magellano.model import MagellanoLM, seeded
 from magellano.names import Compute, Recompute, StateDtype
 from magellano.ops import host
-from magellano.profile import LoraConfig, LossConfig, ModelConfig, TrainConfig
+from magellano.profile import LossConfig
 from magellano.trainer import Trainer, run_to_end
-
-SMALL = ModelConfig(d_model=32, n_layers=4, n_experts=3, d_ff=24, d_state=4, dt_rank=4, vocab_size=300)
-CONFIG = TrainConfig(steps=6, batch=2, lr=1e-2, warmup=2, checkpoint_every=2, log_every=1, compute="float32")
-
-
-def silent(done: int, total: int, **facts: float | str) -> None:
-    pass
+from tests.training import CONFIG, adapter_trainer, digest, make_tokens, silent
 
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
-    """A tokens folder with documents of uneven length and masks."""
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for split, rows in (("train", 13), ("held_out", 3)):
-        ids = rng.integers(0, 40, (rows, 17)).astype(np.uint16)
-        reset = (rng.random((rows, 16)) < 0.15).astype(np.uint8)
-        reset[:, 0] = 1
-        shards.write_split(
-            folder,
-            split,
-            [shards.Rows(ids[:, :-1], ids[:, 1:], (rng.random((rows, 16)) < 0.7).astype(np.uint8), reset)],
-        )
-    shards.write_facts(folder, vocab_size=300, seq_len=16, rows={"train": 13, "held_out": 3})
-    return folder
-
-
-def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG, loss: LossConfig | None = None) -> Trainer:
-    def source(spec: ParamSpec) -> Weight:
-        w = seeded(3)(spec)
-        if spec.target is None:
-            return w
-        return nf4.NF4Stack.of([nf4.quantize(x) for x in w]) if w.ndim == 3 else nf4.quantize(w)
-
-    model, settings = MagellanoLM(SMALL, source), LoraConfig(rank=4)
-    lora.attach(model, settings, lora.start(SMALL, settings))
-    return Trainer(model, config, tokens, loss)
-
-
-def digest(trainer: Trainer) -> str:
-    h = hashlib.sha256()
-    for name, value in sorted(trainer.tensors().items()):
-        h.update(name.encode() + np.array(value).tobytes())
-    return h.hexdigest()
+    return make_tokens(tmp_path / "tokens")
 
 
 def test_accumulation_equals_one_large_batch(tokens: Path) -> None:

@@ -1,8 +1,9 @@
 """The selective scan, forward and backward, against its plain-MLX definition and the copy bandwidth.
 
 Sizes on a GPU are those at which mamba-ssm's CUDA kernels were measured: float16, N 16, gate, skip and softplus fused.
-`ms` is the time of one of many runs in one lazy graph, each of which reads something that the one before wrote, with
-the small kernel that makes it; `call_ms` that of a run evaluated by itself, with MLX's launches and allocations.
+`ms` is the device's time of one of many runs in one lazy graph, each of which reads something that the one before
+wrote, with the small kernel that makes it; `call_ms` that of a run evaluated by itself, with MLX's launches and
+allocations.
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def chained(run: Run, bias_I: mx.array, length: int) -> float:
             made = run(_after(bias_I, made[0]))
         return made
 
-    return machine.seconds(work, 3) / length
+    return machine.on_device(work) / length
 
 
 def run() -> dict[str, Any]:

@@ -18,7 +18,8 @@ WARM_UP = 3  # steps: kernels are compiled at first use
 
 
 def run(profile: Profile, steps: int = 10, trace: bool = False) -> dict[str, Any]:
-    """Times in ms, median and best of `steps` steps after a few that warm up; peak memory in GiB. `trace`: and where a
+    """Times in ms, median and best of `steps` steps after a few that warm up; peak memory in GiB; `grown_mib`: memory
+    in use after them less that before, which shows over many steps whether something stays. `trace`: and where a
     step's time and memory go (see trace.py).
     """
     ceilings = roofline.measured()
@@ -32,9 +33,10 @@ def run(profile: Profile, steps: int = 10, trace: bool = False) -> dict[str, Any
             model, profile.train, synthetic.tokens(Path(folder), profile), limit_gib=profile.memory.limit_gib
         )
         warm = [trainer.one_step() for _ in range(WARM_UP)]
+        before = mx.get_active_memory()
         mx.reset_peak_memory()
         taken = [trainer.one_step() for _ in range(steps)]
-        peak = mx.get_peak_memory()
+        peak, grown = mx.get_peak_memory(), mx.get_active_memory() - before
         parts = where_it_goes(trainer, profile) if trace else []
     seconds = median(m.seconds for m in taken)
     return {
@@ -51,6 +53,7 @@ def run(profile: Profile, steps: int = 10, trace: bool = False) -> dict[str, Any
         "tokens_per_s": planned.tokens_per_step / seconds,
         "peak_gib": peak / (1 << 30),
         "weights_gib": weights / (1 << 30),
+        "grown_mib": grown / (1 << 20),
         **held,
         "planned_moment": planned.moment,
         "tflop_s": planned.flops_per_step / seconds / 1e12,

@@ -10,17 +10,44 @@ and imports what is heavy inside `run`.
 
 from types import ModuleType
 
-from magellano.commands import benchmark, evaluate, export, fuse, generate, import_, info, plan, pretrain, train
+from magellano.commands import (
+    benchmark,
+    diff,
+    evaluate,
+    export,
+    fuse,
+    gc,
+    generate,
+    import_,
+    info,
+    nightly,
+    plan,
+    pretrain,
+    promote,
+    rollback,
+    runs,
+    show,
+    tco,
+    train,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "info": info,
     "plan": plan,
     "train": train,
     "pretrain": pretrain,
+    "nightly": nightly,
     "evaluate": evaluate,
     "generate": generate,
     "export": export,
     "import": import_,
     "fuse": fuse,
+    "runs": runs,
+    "show": show,
+    "diff": diff,
+    "promote": promote,
+    "rollback": rollback,
+    "gc": gc,
+    "tco": tco,
     "benchmark": benchmark,
 }

@@ -24,7 +24,7 @@ PROMPT_BYTES = 64 << 20  # of a prompt on standard input, or of a file of prompt
 
 def run_argument(parser: argparse.ArgumentParser) -> None:
     """RUN, which evaluate and generate share."""
-    what = "a release: its folder, the start of its key, or a profile's name (its newest)"
+    what = "a release: its folder, the start of its key, a profile's name (its newest), or PROFILE@promoted"
     parser.add_argument("run", metavar="RUN", help=what)
 
 

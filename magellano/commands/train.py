@@ -51,11 +51,13 @@ def load_flow(name: str) -> Any:
     """The flow behind the entry point `name`. InputError where the pipeline extra is not installed."""
     from importlib.metadata import entry_points
 
+    from magellano import turns
     from magellano.errors import InputError
 
     found = entry_points(group="magellano.flows", name=name)
     try:
         if found:
+            turns.take()
             return next(iter(found)).load()
         missing = f"no flow {name!r} is installed"
     except ModuleNotFoundError as error:

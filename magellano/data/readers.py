@@ -29,17 +29,31 @@ class Chunk:
     last: bool = False
 
 
-def digest(config: DataConfig) -> str:
-    """SHA-256 of what the config reads: names and contents, or the hub's revision. Raises InputError as `read` does."""
-    total = hashlib.sha256()
+def contents(config: DataConfig) -> list[tuple[str, str]]:
+    """Name and SHA-256 of each file that the config reads, or the hub's data set and its revision. Raises InputError as
+    `read` does.
+    """
     if config.hub:
-        total.update(f"hub\0{config.hub}\0{config.split}\0{hub.revision(config.hub)}".encode())
-        return total.hexdigest()
+        return [(f"hub:{config.hub}/{config.split}", hub.revision(config.hub))]
+    found = []
     with opened(config) as sources:
         for source in sources:
             with open(source.path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{source.name}\0{content}\n".encode("utf-8", "surrogateescape"))
+                found.append((source.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return found
+
+
+def digest(config: DataConfig) -> str:
+    """SHA-256 of what the config reads: names and contents, or the hub's revision. Raises InputError as `read` does."""
+    return digest_of(config, contents(config))
+
+
+def digest_of(config: DataConfig, found: list[tuple[str, str]]) -> str:
+    """`digest` from what `contents` found."""
+    total = hashlib.sha256()
+    for name, content in found:
+        line = f"hub\0{config.hub}\0{config.split}\0{content}" if config.hub else f"{name}\0{content}\n"
+        total.update(line.encode("utf-8", "surrogateescape"))
     return total.hexdigest()
 
 

@@ -93,21 +93,9 @@ class Layer:
             return replace(self, a=arrays[0], b=arrays[1])
         return replace(self, weight=arrays[0]) if self.trains else self
 
-    @property
-    def keeps_dense(self) -> bool:
-        """Whether NF4 weights that were made dense for x are kept for its gradient: on a GPU; a CPU holds one expert at
-        a time.
-        """
-        return not isinstance(self.weight, mx.array) and gpu_geometry()
-
-    def __call__(
-        self, x: mx.array, part: Part, dense_nOI: mx.array | None = None
-    ) -> tuple[mx.array, mx.array | None]:  # fmt: skip
-        """w' x [n, C, O] for x [n, C, I], and A x. `dense_nOI`: W, if it is made already."""
-        if dense_nOI is not None:
-            y = x @ dense_nOI.swapaxes(1, 2)
-        else:
-            y = times(x, self.weight, part, ordered=self.ordered and self.trains)
+    def __call__(self, x: mx.array, part: Part) -> tuple[mx.array, mx.array | None]:
+        """w' x [n, C, O] for x [n, C, I], and A x."""
+        y = times(x, self.weight, part, ordered=self.ordered and self.trains)
         if self.a is None or self.b is None:
             return y, None
         low = self.low(x, part)
@@ -135,14 +123,9 @@ class Layer:
         """Whether `each` can serve."""
         return isinstance(self.weight, mx.array) or self.weight.shape[2] % BLOCK == 0
 
-    def back(
-        self, dy: mx.array, part: Part, dense_nOI: mx.array | None = None
-    ) -> tuple[mx.array, mx.array | None]:  # fmt: skip
+    def back(self, dy: mx.array, part: Part) -> tuple[mx.array, mx.array | None]:
         """The gradient of x, and that of A x."""
-        if dense_nOI is not None:
-            dx = dy @ dense_nOI
-        else:
-            dx = times(dy, self.weight, part, transposed=True, ordered=self.ordered and self.trains)
+        dx = times(dy, self.weight, part, transposed=True, ordered=self.ordered and self.trains)
         if self.a is None or self.b is None:
             return dx, None
         dlow = self.scale * times(dy, self.b, part, transposed=True, ordered=self.ordered)
@@ -177,12 +160,9 @@ def feed_forward(
             # 1. the copies go to their experts
             x = part.spread(u_MD)
             # 2. up, and what is positive stays
-            dense = None
-            if unread and first.keeps_dense:
-                dense = cast(Stack, first.weight).dequantize(x.dtype, after=x, which=part.experts)
-            h, low1 = first(x, part, dense)
+            h, low1 = first(x, part)
             a = detached(mx.maximum(h, 0))
-            kept += [value for value in (x, a, low1, dense) if value is not None]
+            kept += [value for value in (x, a, low1) if value is not None]
             # 3. down
             if not unread:
                 y.append(second(a, part)[0])
@@ -194,15 +174,14 @@ def feed_forward(
     def mixture_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         u_MD, gate_Mk, *arrays = primals
         first, second = layers(arrays)
-        kept = iter(outputs[1:])
+        kept, dy_MD = iter(outputs[1:]), cotangents[0]
         dx, dgate, found = [], [mx.zeros((0,))], []
         for part in _parts(at):
             x, a, low1 = next(kept), next(kept), (next(kept) if first.a is not None else None)
-            dense = next(kept) if unread and first.keeps_dense else None
-            dy = part.spread(cotangents[0])
+            dy = part.spread(dy_MD)
             da, dlow2 = second.back(dy, part)
             dh, dgate_part = hidden_backward(da, a, gate_Mk, part)
-            dx_part, dlow1 = first.back(dh, part, dense)
+            dx_part, dlow1 = first.back(dh, part)
             dx.append(dx_part)
             dgate.append(dgate_part)
             more = first.gradients(x, low1, dh, dlow1)
@@ -212,6 +191,8 @@ def feed_forward(
             elif second.trains:
                 more += second.gradients(a, None, part.weigh(dy, gate_Mk), None)
             found.append((part, more))
+            if gpu_geometry():  # a part is done with before the next begins, which spares memory
+                dy_MD = mx.depends(dy_MD, [dx_part, dgate_part, *more])
         dgate_Mk = mx.concatenate(dgate)[at.row_Mk] if at.row_Mk.size else mx.zeros(gate_Mk.shape)
         ordered = [first.ordered] * split + [second.ordered] * (len(arrays) - split)
         grads = [_all(found, number, array, ordered[number]) for number, array in enumerate(arrays)]

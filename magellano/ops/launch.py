@@ -183,6 +183,11 @@ class Kernel:
         """The inputs that may be views."""
         return tuple(name for name in self.inputs if f"{name}_strides" in self.body)
 
+    @functools.cached_property
+    def _sized(self) -> frozenset[str]:
+        """The inputs whose sizes the text reads."""
+        return frozenset(n for n in self.inputs if f"{n}_shape" in self.body or n in self._strided)
+
     def __call__(
         self,
         inputs: Sequence[mx.array],
@@ -195,13 +200,15 @@ class Kernel:
         host_template: Template | None = None,
         host_grid: tuple[int, int, int] | None = None,
         reuse: Mapping[str, mx.array] | None = None,
+        gapless: bool = False,
     ) -> list[mx.array]:
         """Runs the kernel over `grid` threads (multiples of `threadgroup`) and returns its outputs.
 
         On the host's own geometry (see `gpu_geometry`) the grid counts threadgroups of one thread; `host_template` then
         updates `template` and `host_grid` replaces `grid`. Raises TracedError inside mx.compile or mx.vmap on the host.
         `reuse`: outputs that the host may write over these evaluated arrays, which nobody else holds: no fresh memory
-        to fill. GPUs allocate cheaply and ignore it.
+        to fill. GPUs allocate cheaply and ignore it. `gapless`: the caller knows that no input has gaps but those that
+        may, so that a GPU need not look.
         """
         assert len(inputs) == len(self.inputs), self.name
         assert len(output_shapes) == len(output_dtypes) == len(self.outputs), self.name
@@ -212,13 +219,14 @@ class Kernel:
         prepared = [self._prepare(n, a) for n, a in zip(self.inputs, inputs, strict=True)]
         if dialect() is Dialect.HOST:
             return self._run_on_host(prepared, template, grid, threadgroup, output_shapes, output_dtypes, reuse or {})
+        if self._strided and not gapless:  # else MLX does it
+            prepared = self._packed(prepared)
         return self._run_on_gpu(prepared, template, grid, threadgroup, output_shapes, output_dtypes)
 
     def _prepare(self, name: str, a: mx.array) -> mx.array:
         if a.ndim == 0:
             a = a.reshape(1)
-        sized = f"{name}_shape" in self.body or name in self._strided
-        if dialect() is not Dialect.CUDA and a.size < _SMALLEST and not sized:
+        if a.size < _SMALLEST and name not in self._sized and dialect() is not Dialect.CUDA:
             a = mx.pad(a.reshape(-1), (0, _SMALLEST - a.size))
         return a
 
@@ -279,7 +287,7 @@ class Kernel:
         extra = {"init_value": float("nan")} if _mode.poison else {}
         return list(
             self._built[key](
-                inputs=self._packed(inputs) if self._strided else list(inputs),
+                inputs=list(inputs),
                 template=list(template.items()),
                 grid=grid,
                 threadgroup=threadgroup,

@@ -33,7 +33,7 @@ _COUNTERS = 8192  # in threadgroup memory: experts times threads
 _COLUMNS = 4096  # of one host thread
 _ROUND = 64  # a padded expert's rows are a multiple of this
 _SPARE = 5  # one part in so many is added to a load for which room is made beforehand
-_MOST_PARTS, _PART_COST = 3, 256  # of a padded room; what a part more must save, in rows
+PARTS = 3  # of a padded room
 
 
 class Routing(NamedTuple):
@@ -65,15 +65,20 @@ class Room:
 
     @classmethod
     def padded(cls, loads: Sequence[int], tokens: int, *, spare: bool = False) -> "Room":
-        """A few parts that hold these loads, with the fewest rows; `spare`: and a fifth more."""
+        """Parts that hold these loads, with the fewest rows; `spare`: and a fifth more. None has more than its share of
+        the experts, for a part's weights are dense at once.
+        """
         experts = sorted(range(len(loads)), key=lambda e: (-loads[e], e))
         wanted = [load + load // _SPARE * spare for load in (loads[e] for e in experts)]
         rows = [min(-(-max(load, 1) // _ROUND) * _ROUND, tokens) for load in wanted]
-        cuts = min(
-            (c for n in range(_MOST_PARTS) for c in itertools.combinations(range(1, len(rows)), n)),
-            key=lambda c: sum((b - a) * rows[a] + _PART_COST for a, b in itertools.pairwise((0, *c, len(rows)))),
+        parts, most = min(PARTS, len(rows)), most_together(len(rows))
+        ways = (
+            list(itertools.pairwise((0, *c, len(rows)))) for c in itertools.combinations(range(1, len(rows)), parts - 1)
         )
-        edges = itertools.pairwise((0, *cuts, len(rows)))
+        edges = min(
+            (edges for edges in ways if all(b - a <= most for a, b in edges)),
+            key=lambda edges: sum((b - a) * rows[a] for a, b in edges),
+        )
         return cls(tuple((tuple(sorted(experts[a:b])), rows[a]) for a, b in edges), len(loads))
 
     @property
@@ -97,6 +102,11 @@ class Room:
 
     def holds(self, loads: Sequence[int]) -> bool:
         return all(load <= size for load, size in zip(loads, self.of_each()[1], strict=True))
+
+
+def most_together(experts: int) -> int:
+    """How many experts a part of a padded room has at most."""
+    return -(-experts // PARTS)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ in.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -66,10 +66,21 @@ class Parts:
     scale_codes: mx.array
     scale_absmax: mx.array
     offset: mx.array
+    _for_rows: dict[int, list[mx.array]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, codes: mx.array, scale_codes: mx.array, scale_absmax: mx.array, offset: mx.array) -> "Parts":
         return cls(codes, scale_codes, scale_absmax, resident(offset.reshape(-1)))
+
+    def for_rows(self, width: int) -> list[mx.array]:
+        """Codes with a row for each matrix, in words of `width`, then what `_scale_arrays` gives: views that are made
+        once, for each is one more node of the graph of every token.
+        """
+        if width not in self._for_rows:
+            codes = self.codes.reshape(-1, self.codes.shape[-1])
+            self._for_rows[width] = [_words(codes, width), *_scale_arrays(self)]
+            mx.eval(self._for_rows[width])
+        return self._for_rows[width]
 
     def after(self, a: mx.array | None) -> "Parts":
         """These parts, in a lazy graph not read before `a` is there."""
@@ -307,13 +318,13 @@ def nf4_matvec(
     """
     around, out = around or Around(), out or x_MI.dtype
     rows, I = x_MI.shape
-    codes = w.codes.reshape(-1, w.codes.shape[-1])
-    if I % BLOCK or codes.shape[1] * 2 != outputs * I or (expert_M is None and codes.shape[0] != 1):
+    matrices = w.codes.size // w.codes.shape[-1]
+    if I % BLOCK or w.codes.shape[-1] * 2 != outputs * I or (expert_M is None and matrices != 1):
         raise ValueError(f"nf4_matvec: x {x_MI.shape} and {outputs} outputs do not fit codes of shape {w.codes.shape}")
     M = rows if expert_M is None else expert_M.size
     if M % rows:
         raise ValueError(f"nf4_matvec: {M} rows cannot come from {rows}")
-    if plain(x_MI, codes):
+    if plain(x_MI, w.codes):
         return around.after(_matvec_reference(around.before(x_MI), w, outputs, expert_M), expert_M, out)
     width = 8 if launch.gpu_geometry() else 2
     together, simdgroups = rows_together(M, expert_M), _MATVEC_THREADS // _SIMD
@@ -324,8 +335,7 @@ def nf4_matvec(
         [
             x_MI,
             _numbers(()) if expert_M is None else expert_M.astype(mx.int32),
-            _words(codes, width),
-            *_scale_arrays(w),
+            *w.for_rows(width),
             *around.arrays(),
         ],
         template={

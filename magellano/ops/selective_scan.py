@@ -36,6 +36,7 @@ def selective_scan(
     return_state: bool = False,
     frozen_parameters: bool = False,
     log_A: bool = False,
+    no_gradient: bool = False,
 ) -> mx.array | tuple[mx.array, mx.array]:
     """y_t = c_t . s_t + skip x_t with s_t = exp(d_t A) s_{t-1} + d_t x_t b_t, where d is softplus(dt + dt_bias) if
     dt_bias is given and dt if not; with z, y_t is multiplied by silu(z_t).
@@ -46,8 +47,9 @@ def selective_scan(
     parts of a projection: they are read where they lie. log_A: A holds log(-A), as Mamba's weights do.
 
     Differentiable once, in every input but reset. frozen_parameters: A, skip and dt_bias are constants; their gradients
-    are then zero and cost nothing. Equal inputs give equal bits. On a CPU it computes at once: inside mx.compile or
-    mx.vmap it raises TracedError. Raises ValueError for an argument of a wrong shape.
+    are then zero and cost nothing. no_gradient: nothing has one, and A, skip, dt_bias and state lie without gaps, which
+    spares a step of decoding most of its graph. Equal inputs give equal bits. On a CPU it computes at once: inside
+    mx.compile or mx.vmap it raises TracedError. Raises ValueError for an argument of a wrong shape.
     """
     arrays = (x, dt, A, b, c, skip, z, dt_bias, reset, state)
     given = {name: array for name, array in zip(_INPUTS, arrays, strict=True) if array is not None}
@@ -56,7 +58,7 @@ def selective_scan(
         A_IN = -mx.exp(A.astype(mx.float32)) if log_A else A
         y_BTI, last_BIN = reference(x, dt, A_IN, *arrays[3:])
     else:
-        y_BTI, last_BIN = _fast(given, return_state, frozen_parameters, log_A)
+        y_BTI, last_BIN = _fast(given, return_state, frozen_parameters, log_A, no_gradient)
     return (y_BTI, last_BIN) if return_state else y_BTI
 
 
@@ -151,11 +153,15 @@ def geometry(B: int, T: int, I: int, N: int, gpu: bool | None = None) -> tuple[G
     """
     if launch.gpu_geometry() if gpu is None else gpu:
         # Measured on an H200 by benchmarks/gpu_scan.py. Few channels fill the chip by more lanes, then by segments.
-        many, steps, segments = B * I >= 8192, 4 if T == 1 else 8, 1
-        while segments < 8 and B * I * segments < 4096 and 32 * steps * segments <= T:
-            segments *= 2
-        ahead = Geometry(min(2 if many else 4, N), 1, simdgroups=4, steps=steps, simd=32, segments=segments)
-        return ahead, Geometry(min(4, N), 1, 2 if many else 4, steps, 32, segments)
+        many, steps = B * I >= 8192, 4 if T == 1 else 8
+
+        def segments(channels: int) -> int:
+            """So many that there are at least `channels` to scan, if each is long enough."""
+            return next(n for n in (1, 2, 4, 8) if n == 8 or B * I * n >= channels or 32 * steps * n > T)
+
+        # A first launch over the segments costs half as much again, so rows must be long for more than it takes.
+        ahead = Geometry(min(2 if many else 4, N), 1, 4, steps, 32, segments(16384 if T >= 4096 else 4096))
+        return ahead, Geometry(min(4, N), 1, 2 if many else 4, steps, 32, segments(4096))
     widths = (
         (128, 64, 32, 16, 8, 4, 2, 1) if B * I >= 2048 else (64, 32, 16, 8, 4, 2, 1)
     )  # enough groups for every core
@@ -164,7 +170,9 @@ def geometry(B: int, T: int, I: int, N: int, gpu: bool | None = None) -> tuple[G
     return chosen, chosen
 
 
-def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool, log_A: bool) -> tuple[mx.array, mx.array]:
+def _fast(
+    given: dict[str, mx.array], return_state: bool, frozen: bool, log_A: bool, no_gradient: bool
+) -> tuple[mx.array, mx.array]:
     """Through the kernels, with their own gradient."""
     N = given["A"].shape[1]
     given = _prepare(given)
@@ -172,6 +180,9 @@ def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool, log_A: b
     moving = [name for name in given if name not in constants]
     B, T, I = given["x"].shape
     ahead, back = geometry(B, T, I, given["A"].shape[1])
+    if no_gradient:
+        y_BTI, last_BIN, _ = forward(given, ahead, log_A, gapless=True)
+        return y_BTI, last_BIN[:, :, :N]
 
     @mx.custom_function
     def scan(*values: mx.array) -> tuple[mx.array, ...]:
@@ -185,7 +196,7 @@ def _fast(given: dict[str, mx.array], return_state: bool, frozen: bool, log_A: b
         return tuple(grads[name] for name in moving)
 
     y_BTI, last_BIN, _ = scan(*[given[name] for name in moving])  # type: ignore[misc]
-    return y_BTI, last_BIN[:, :, :N]  # type: ignore[has-type]
+    return y_BTI, last_BIN[:, :, :N]
 
 
 def _prepare(given: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -205,7 +216,7 @@ def _prepare(given: dict[str, mx.array]) -> dict[str, mx.array]:
     return ready
 
 
-def forward(given: dict[str, mx.array], chosen: Geometry, log_A: bool = False) -> list[mx.array]:
+def forward(given: dict[str, mx.array], chosen: Geometry, log_A: bool = False, gapless: bool = False) -> list[mx.array]:
     """One launch, or two where time is cut into segments: y_BTI, the last state_BIN, and the states between chunks
     [B, K-1, N, I] for `backward`.
     """
@@ -222,6 +233,7 @@ def forward(given: dict[str, mx.array], chosen: Geometry, log_A: bool = False) -
             threadgroup=chosen.threadgroup,
             output_shapes=[none, (S - 1, B, I, N), none, (S - 1, B, I), (S - 1, B, I)],
             output_dtypes=[given["x"].dtype, *[mx.float32] * 4],
+            gapless=gapless,
         )
         segments = [found[0], *found[2:]]
     return _FORWARD(
@@ -231,6 +243,7 @@ def forward(given: dict[str, mx.array], chosen: Geometry, log_A: bool = False) -
         threadgroup=chosen.threadgroup,
         output_shapes=[(B, T, I), (B, I, N), (B, K - 1, N, I) if K > 1 else none, none, none],
         output_dtypes=[given["x"].dtype, *[mx.float32] * 4],
+        gapless=gapless,
     )[:3]
 
 

@@ -1,8 +1,15 @@
-"""A profile whose whole fine-tune, base included, takes a second."""
+"""A Prefect server for all tests that want one, and a profile whose whole fine-tune, base included, takes a second."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessWorker
+
+from tests.flows.site import POOL, Site, wait
 
 TINY = """
 [model]
@@ -63,3 +70,23 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty $MAGELLANO_HOME."""
     monkeypatch.setenv("MAGELLANO_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="package")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("site"))
+    try:
+        site.start("server", "start")
+        wait("the server", site.healthy)
+        yield site
+    finally:
+        site.stop()
+
+
+@pytest.fixture(scope="package")
+def client(site: Site) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: site.url}), get_client(sync_client=True) as client:
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+        site.prefect("deploy", "--all")
+        yield client

@@ -71,6 +71,62 @@ def test_what_is_built_and_what_is_reused(tiny: str, home: Path, capsys: pytest.
     assert built(base) == []
 
 
+@pytest.mark.slow
+def test_rerunning_a_stage_rebuilds_what_depends_on_it_and_only_that(tiny: str, home: Path) -> None:
+    after = {
+        Stage.PRETRAIN: ["pretrain", "quantize", "attach_lora", "train", "checkpoint", "evaluate"],
+        Stage.TOKENIZE: ["tokenize", "train", "checkpoint", "evaluate"],
+        Stage.QUANTIZE: ["quantize", "attach_lora", "train", "checkpoint", "evaluate"],
+        Stage.ATTACH_LORA: ["attach_lora", "train", "checkpoint", "evaluate"],
+        Stage.TRAIN: ["train", "checkpoint", "evaluate"],
+        Stage.CHECKPOINT: ["checkpoint", "evaluate"],
+        Stage.EVALUATE: ["evaluate"],
+    }
+    assert set(after) == set(Stage)
+    made = written(train(profile=tiny))
+    for stage, rebuilt in after.items():
+        result = train(profile=tiny, rerun=[stage])
+        again = written(result)
+        assert sorted(built(result)) == sorted(rebuilt), stage
+        assert {name for name in made if made[name] != again[name]} == set(rebuilt), "by the folders' own times"
+        made = again
+    both = train(profile=tiny, rerun=[Stage.EVALUATE, Stage.ATTACH_LORA])
+    assert sorted(built(both)) == sorted(after[Stage.ATTACH_LORA])
+
+
+def written(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """For each stage its manifest's inode and time."""
+    found = {s["stage"]: (Path(s["path"]) / "manifest.json").stat() for s in result["stages"]}
+    return {name: (at.st_ino, at.st_mtime_ns) for name, at in found.items()}
+
+
+@pytest.mark.slow
+def test_the_disk_budget_is_held_by_what_may_go(tiny: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = {"disk.budget_gib": 1e-6}
+    for rows in (60, 50, 40):
+        result = stages(stage=Stage.TOKENIZE, profile=tiny, overrides={**budget, "data.max_rows": rows})
+        assert folder(result, "tokenize").is_dir()
+    assert len(list((home / "artifacts" / "tokenize").iterdir())) == 2, "the last two runs stay"
+    said = capsys.readouterr().err
+    assert said.count("disk.budget_gib: removed") == 1
+    assert said.count("more than disk.budget_gib 1e-06, and nothing more may go") == 3
+
+
+@pytest.mark.slow
+def test_a_stage_of_an_earlier_run_is_carried_out_by_the_profile_that_it_kept(tiny: str, home: Path) -> None:
+    first = train(profile=tiny, overrides={"train.steps": 1})
+    Path(tiny).write_text("its owner has changed it")
+    alone = stages(stage=Stage.CHECKPOINT, run=first["run"], rerun=True)
+    assert built(alone) == ["checkpoint"]
+    assert folder(alone, "checkpoint") == folder(first, "checkpoint")
+    again = train(profile=str(home / "runs" / str(first["run"]) / "tiny.toml"))
+    assert built(again) == [], "an old run can be repeated from its record"
+    with pytest.raises(InputError, match="neither profile nor run"):
+        stages(stage=Stage.TRAIN)
+    with pytest.raises(InputError, match="9: no run of that number"):
+        stages(stage=Stage.TRAIN, run=9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -19,6 +19,13 @@ def test_facts_are_rows_nested_ones_by_dotted_name(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_faults_that_were_survived_have_a_row_each(tmp_path: Path) -> None:
+    fault = {"fault": "out of memory", "after_step": 7, "told": "SIGABRT", "batch": 4, "accumulate": 1, "then": [2, 2]}
+    rows = facts_table({"faults": [fault]}, REF, tmp_path, reused=False)
+    (told,) = (row["value"] for row in rows if row["fact"] == "survived 1")
+    assert told == "after step 7, out of memory, micro-batches of 2 x 2 for 4 x 1, the same gradient, SIGABRT"
+
+
 def test_pictures_stand_inside_their_page_and_the_others_after(tmp_path: Path) -> None:
     for name in ("loss", "other"):
         (tmp_path / f"{name}.png").write_bytes(name.encode())
