@@ -66,6 +66,8 @@ class DataFormat(StrEnum):
     TEXT = "text"
     COMPLETIONS = "completions"
     CHAT = "chat"
+    ALPACA = "alpaca"
+    SHAREGPT = "sharegpt"
 
 
 class Compute(StrEnum):

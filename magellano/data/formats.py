@@ -3,35 +3,43 @@
 text         {text}                               everything counts
 completions  {prompt, completion}                 the completion counts; the two are joined with nothing between
 chat         {messages: [{role, content}, ...]}   what the assistant says counts, with the end-of-text after each turn
+alpaca       {instruction, input, output}         as a chat of two turns
+sharegpt     {conversations: [{from, value}]}     as a chat
 
 The chat template is plain text, so that it needs no tokens of its own (\\n is a line feed, EOT the end-of-text token):
     ### System:\\nCONTENT\\n\\n### User:\\nCONTENT\\n\\n### Assistant:\\nCONTENT EOT \\n\\n### User:\\n...
+Tools come first, as ### Tools: with one JSON object a line; a tool call is a line of JSON in the assistant's turn,
+which counts, and what the tool answered is ### Tool:.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
+from magellano.data.shapes import Conversation, Message, Role, compact, conversation
 from magellano.names import DataFormat
 
 COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.TEXT: ("text",),
     DataFormat.COMPLETIONS: ("prompt", "completion"),
     DataFormat.CHAT: ("messages",),
+    DataFormat.ALPACA: ("instruction", "output"),
+    DataFormat.SHAREGPT: ("conversations",),
+}
+OPTIONAL: dict[DataFormat, tuple[str, ...]] = {
+    DataFormat.CHAT: ("tools",),
+    DataFormat.ALPACA: ("input", "system"),
+    DataFormat.SHAREGPT: ("system", "tools"),
 }
 
 
-class Role(StrEnum):
-    """Who speaks in a chat."""
-
-    SYSTEM = "system"
-    USER = "user"
-    ASSISTANT = "assistant"
+def columns(format: DataFormat) -> tuple[str, ...]:
+    """All that is read of a row."""
+    return COLUMNS[format] + OPTIONAL.get(format, ())
 
 
 @dataclass(frozen=True)
@@ -62,19 +70,31 @@ def segments(row: dict[str, Any], format: DataFormat) -> list[Segment]:
             return [Segment(row["text"], counts=True, ends=True)]
         case DataFormat.COMPLETIONS:
             return [Segment(row["prompt"], counts=False), Segment(row["completion"], counts=True, ends=True)]
-        case DataFormat.CHAT:
-            return chat(row["messages"])
+        case _:
+            return told(conversation(row, format))
 
 
-def chat(messages: list[dict[str, str]]) -> list[Segment]:
-    """A conversation by the template above. A prompt adds `header(Role.ASSISTANT)`."""
+def chat(messages: list[dict[str, Any]]) -> list[Segment]:
+    """Messages by the template above. A prompt adds `header(Role.ASSISTANT)`."""
+    return told(conversation({"messages": messages}, DataFormat.CHAT))
+
+
+def told(said: Conversation) -> list[Segment]:
+    """A conversation by the template above."""
     made: list[Segment] = []
-    for i, message in enumerate(messages):
-        role = Role(message["role"])
-        answers = role is Role.ASSISTANT
-        made.append(Segment(header(role, first=i == 0), counts=False))
-        made.append(Segment(message["content"], counts=answers, ends=answers))
+    if said.tools:
+        listed = "\n".join(compact(tool) for tool in said.tools)
+        made.append(Segment(f"### Tools:\n{listed}", counts=False))
+    for message in said.messages:
+        made += _turn(message, first=not made)
     return made
+
+
+def _turn(message: Message, first: bool) -> list[Segment]:
+    answers = message.role is Role.ASSISTANT
+    return [
+        Segment(header(message.role, first), counts=False), Segment(message.text, counts=answers, ends=answers)
+    ]  # fmt: skip
 
 
 def header(role: Role, first: bool = False) -> str:

@@ -18,13 +18,13 @@ from magellano.errors import InputError
 _DELTA = "DELTA_BYTE_ARRAY"
 
 
-def rows(source: Source, wanted: tuple[str, ...]) -> Numbered:
-    """The wanted columns that the file has, row by row with their size in bytes; a file without any gives its first
-    row's names with nulls, so that the reader can say what it found."""
+def rows(source: Source, wanted: tuple[str, ...], optional: tuple[str, ...] = ()) -> Numbered:
+    """The wanted columns and those optional ones that the file has, row by row with their size in bytes; a file without
+    all wanted gives its first row's names with nulls, so that the reader can say what it found."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     try:
-        yield from _rows(source, wanted)
+        yield from _rows(source, wanted, optional)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
         if isinstance(e, InputError | PermissionError):
             raise
@@ -32,14 +32,14 @@ def rows(source: Source, wanted: tuple[str, ...]) -> Numbered:
         raise InputError(f"{source.label}: not a readable parquet file ({reason}); write it again") from None
 
 
-def _rows(source: Source, wanted: tuple[str, ...]) -> Numbered:
+def _rows(source: Source, wanted: tuple[str, ...], optional: tuple[str, ...]) -> Numbered:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     size = source.path.stat().st_size
     _check_length(source, size)
     names = pq.ParquetFile(source.path).schema_arrow.names
-    columns = [name for name in wanted if name in names]
-    if len(columns) < len(wanted):
+    columns = [name for name in wanted + optional if name in names]
+    if not set(wanted) <= set(names):
         yield 1, dict.fromkeys(names), 0
         return
     if twice := [name for name in columns if names.count(name) > 1]:

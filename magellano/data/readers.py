@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from magellano.data import hub, limits, parquet, parse
-from magellano.data.formats import COLUMNS
+from magellano.data.formats import COLUMNS, OPTIONAL
 from magellano.data.parse import Numbered
 from magellano.data.sources import Kind, Source, opened
 from magellano.errors import InputError
@@ -109,16 +109,17 @@ def _checked(rows: Numbered, file: str, format: DataFormat) -> Iterator[Chunk]:
 def _check_columns(rows: list[dict[str, Any]], file: str, format: DataFormat, wanted: tuple[str, ...]) -> None:
     found = sorted({str(key) for row in rows for key in row})
     if missing := [name for name in wanted if name not in found]:
+        fitting = [f"data.format = {other.value!r} reads them" for other, c in COLUMNS.items() if {*c} <= {*found}]
         raise InputError(
             f"{file}: no column {', '.join(missing)} (format {format.value!r} wants {', '.join(wanted)}; "
-            f"found {', '.join(found) or 'none'}); rename the columns or change data.format"
+            f"found {', '.join(found) or 'none'}); {' or '.join(fitting) or 'rename the columns or change data.format'}"
         )
 
 
 def _file_rows(source: Source, format: DataFormat) -> Numbered:
     try:
         if source.kind is Kind.PARQUET:
-            yield from parquet.rows(source, COLUMNS[format])
+            yield from parquet.rows(source, COLUMNS[format], OPTIONAL.get(format, ()))
         else:
             yield from parse.rows(source)
     except PermissionError:

@@ -6,8 +6,9 @@ from enum import StrEnum
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from magellano.data import limits
-from magellano.data.formats import COLUMNS, Role
+from magellano.data import limits, shapes
+from magellano.data.formats import COLUMNS, columns
+from magellano.data.shapes import Role
 from magellano.names import DataFormat
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ class Reason(StrEnum):
     NOT_MESSAGES = "is not a list of messages with role and content"
     ROLE = f"has a role other than {', '.join(Role)}"
     CONTENT = "has a message whose content is not text"
-    FIELDS = "has a message with more than role and content (tool calls, weights), which would be lost"
+    NOT_TURNS = "is not a list of turns with from and value"
+    CALL = "has a tool call without a name, or whose arguments are no object"
+    NOT_TOOLS = "is not a list of tools"
+    FIELDS = "has a message with more than role, content and tool calls (weights), which would be lost"
     NO_ANSWER = "has no assistant message, so nothing would be learnt"
 
 
@@ -81,39 +85,75 @@ def messages_fault(value: Any) -> Reason | None:
 def _message_fault(message: Any) -> Reason | None:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         return Reason.NOT_MESSAGES
-    if message["role"] not in tuple(Role):
+    role, content, calls = message["role"], message["content"], message.get("tool_calls")
+    if role not in tuple(Role):
         return Reason.ROLE
-    if any(value is not None for key, value in message.items() if key not in ("role", "content")):
+    known = ("role", "content", *(("tool_calls",) if role == Role.ASSISTANT else ()))
+    known += shapes.IDENTIFIERS if role == Role.TOOL else ()
+    if any(value is not None for key, value in message.items() if key not in known):
         return Reason.FIELDS
-    fault = text_fault(message["content"], blank=message["role"] != Role.ASSISTANT)
+    if calls and (fault := _calls_fault(calls)):
+        return fault
+    if calls and content is None:
+        return None
+    fault = text_fault(content, blank=role != Role.ASSISTANT or bool(calls))
     return Reason.CONTENT if fault is Reason.NOT_TEXT else fault
 
 
-_FAULTS: dict[str, tuple[Callable[[Any], Reason | None], tuple[Reason, ...]]] = {
-    "text": (text_fault, (Reason.NOT_TEXT, Reason.EMPTY, Reason.NUL, Reason.SURROGATE, Reason.LONG, Reason.BLANKS)),
-    "messages": (
-        messages_fault,
-        (
-            Reason.NOT_MESSAGES, Reason.ROLE, Reason.FIELDS, Reason.CONTENT, Reason.EMPTY, Reason.NUL, Reason.SURROGATE,
-            Reason.LONG, Reason.BLANKS, Reason.NO_ANSWER,
-        ),
-    ),
-}  # fmt: skip
+def _calls_fault(calls: Any) -> Reason | None:
+    made = [shapes.call(call) for call in calls] if isinstance(calls, list) else [None]
+    texts = [call.text for call in made if call is not None]
+    return next(filter(None, map(text_fault, texts)), None) if len(texts) == len(made) else Reason.CALL
+
+
+def conversations_fault(value: Any) -> Reason | None:
+    """What is wrong with a column of ShareGPT's turns."""
+    if not isinstance(value, list) or not value:
+        return Reason.NOT_TURNS
+    if not all(isinstance(entry, dict) and {"from", "value"} <= entry.keys() for entry in value):
+        return Reason.NOT_TURNS
+    return messages_fault([shapes.turn(entry) for entry in value])
+
+
+def tools_fault(value: Any) -> Reason | None:
+    """What is wrong with a column of tools."""
+    found = shapes.tools(value)
+    return Reason.NOT_TOOLS if found is None else text_fault(shapes.compact(found), blank=True)
+
+
+def _blank_fault(value: Any) -> Reason | None:
+    return text_fault(value, blank=True)
+
+
+Fault = Callable[[Any], Reason | None]
+_TEXT = (Reason.NOT_TEXT, Reason.EMPTY, Reason.NUL, Reason.SURROGATE, Reason.LONG, Reason.BLANKS)
+_MESSAGES = (
+    Reason.NOT_MESSAGES, Reason.NOT_TURNS, Reason.ROLE, Reason.FIELDS, Reason.CALL, Reason.CONTENT, *_TEXT[1:],
+    Reason.NO_ANSWER,
+)  # fmt: skip
+_FAULTS: dict[str, tuple[Fault, tuple[Reason, ...]]] = {  # of columns that are not text
+    "messages": (messages_fault, _MESSAGES),
+    "conversations": (conversations_fault, _MESSAGES),
+    "tools": (tools_fault, (Reason.NOT_TOOLS, *_TEXT[1:])),
+    "input": (_blank_fault, _TEXT),
+    "system": (_blank_fault, _TEXT),
+}
 
 
 @cache
 def schema(format: DataFormat) -> "DataFrameSchema":
-    """The pandera schema of a format: every column required, never null, and one check per reason."""
+    """The pandera schema of a format: its columns, never null but for optional ones, and one check per reason."""
     import pandera.pandas as pa
 
     def check(fault: Callable[[Any], Reason | None], reason: Reason) -> pa.Check:
         return pa.Check(lambda cell: fault(cell.value) is not reason, element_wise=True, error=reason.value)
 
-    columns = {}
-    for name in COLUMNS[format]:
-        fault, reasons = _FAULTS["messages" if name == "messages" else "text"]
-        columns[name] = pa.Column(object, [check(fault, reason) for reason in reasons], nullable=False)
-    return pa.DataFrameSchema(columns)
+    made = {}
+    for name in columns(format):
+        fault, reasons = _FAULTS.get(name, (text_fault, _TEXT))
+        optional = name not in COLUMNS[format]
+        made[name] = pa.Column(object, [check(fault, reason) for reason in reasons], nullable=optional)
+    return pa.DataFrameSchema(made)
 
 
 def validate(rows: list[dict[str, Any]], format: DataFormat) -> list[Reject]:
@@ -122,7 +162,7 @@ def validate(rows: list[dict[str, Any]], format: DataFormat) -> list[Reject]:
     from pandera.errors import SchemaErrors
 
     # Object columns, so that pandas infers no type and a row's value reaches the checks as it was read.
-    frame = pd.DataFrame({c: pd.Series([_cell(row.get(c)) for row in rows], dtype=object) for c in COLUMNS[format]})
+    frame = pd.DataFrame({c: pd.Series([_cell(row.get(c)) for row in rows], dtype=object) for c in columns(format)})
     try:
         schema(format).validate(frame, lazy=True)
     except SchemaErrors as errors:

@@ -307,15 +307,19 @@ CASES = {
         "a.jsonl",
         lines(chat(None), chat(USER, None), chat({"role": None, "content": None}, ANSWER), chat(USER, ANSWER)),
         used=1,
-        rejected={NOT_MESSAGES: 2, "messages has a role other than system, user, assistant": 1},
+        rejected={NOT_MESSAGES: 2, "messages has a role other than system, user, assistant, tool": 1},
         format="chat",
     ),
     "chat-faults": Case(
         "a.jsonl",
-        lines(chat(USER), chat(USER, ANSWER | {"tool_calls": [{}]}), chat(USER, {"role": "assistant", "content": [1]})),
+        lines(
+            chat(USER), chat(USER, ANSWER | {"tool_calls": [{}]}), chat(USER, ANSWER | {"weight": 0}),
+            chat(USER, {"role": "assistant", "content": [1]}),
+        ),  # fmt: skip
         rejected={
             "messages has no assistant message, so nothing would be learnt": 1,
-            "messages has a message with more than role and content (tool calls, weights), which would be lost": 1,
+            "messages has a message with more than role, content and tool calls (weights), which would be lost": 1,
+            "messages has a tool call without a name, or whose arguments are no object": 1,
             "messages has a message whose content is not text": 1,
         },
         format="chat",

@@ -43,6 +43,7 @@ def test_a_missing_column_is_null_and_the_first_fault_is_given() -> None:
     ]
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
@@ -60,7 +61,13 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
         ([USER, {"role": "assistant", "content": ["x"]}], Reason.CONTENT),
         ([USER, {"role": "assistant", "content": " "}], Reason.EMPTY),
         ([{"role": "user", "content": "\0"}, ANSWER], Reason.NUL),
-        ([USER, ANSWER | {"tool_calls": [{}]}], Reason.FIELDS),
+        ([USER, ANSWER | {"weight": 0}], Reason.FIELDS),
+        ([USER | {"tool_calls": [CALL]}, ANSWER], Reason.FIELDS),
+        ([USER, ANSWER | {"tool_calls": [{}]}], Reason.CALL),
+        ([USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}], Reason.CALL),
+        ([USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "[" * 10_000}]}], Reason.CALL),
+        ([USER, ANSWER | {"tool_calls": {"name": "f"}}], Reason.CALL),
+        ([USER, ANSWER | {"tool_calls": [{"name": "\ud800"}]}], Reason.SURROGATE),
         ([USER], Reason.NO_ANSWER),
     ],
 )
@@ -86,6 +93,84 @@ def test_segments_of_each_format() -> None:
         Segment("\n\n### User:\n", counts=False),
         Segment("hi", counts=False),
     ]
+
+
+def said(row: dict[str, Any], format: DataFormat) -> str:
+    """The text of a row; what counts stands in brackets, `$` is the end-of-text."""
+    parts = formats.segments(row, format)
+    return "".join(f"[{s.text}]{'$' * s.ends}" if s.counts else s.text for s in parts)
+
+
+def test_tool_calls_are_said_and_their_answers_are_context() -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"a": "number"}}}]
+    told = [
+        USER, {"role": "assistant", "content": None, "tool_calls": [CALL, {"name": "now", "arguments": {}}]},
+        {"role": "tool", "content": "3", "tool_call_id": "1"}, ANSWER | {"tool_calls": [{"name": "now"}]},
+    ]  # fmt: skip
+    row = {"messages": told, "tools": tools}
+    assert reasons(DataFormat.CHAT, row, row | {"tools": None}, row | {"tools": "[]"}) == []
+    assert said(row, DataFormat.CHAT) == (
+        '### Tools:\n{"type": "function", "function": {"name": "add", "parameters": {"a": "number"}}}\n\n'
+        '### User:\nhi\n\n### Assistant:\n[{"name": "add", "arguments": {"a": 1, "b": null}}\n'
+        '{"name": "now", "arguments": {}}]$\n\n### Tool:\n3\n\n'
+        '### Assistant:\n[hello\n{"name": "now", "arguments": {}}]$'
+    )
+    assert said(row | {"tools": '[{"x": 1}]'}, DataFormat.CHAT).startswith('### Tools:\n{"x": 1}\n\n### User:')
+    for wrong in ("nonsense", '{"a": 1}', [1], 3):
+        assert reasons(DataFormat.CHAT, row | {"tools": wrong}) == [(0, "tools", Reason.NOT_TOOLS)]
+
+
+def test_alpaca_is_a_chat_of_two_turns() -> None:
+    row = {"instruction": "Translate.", "input": "bonjour", "output": "hello"}
+    assert said(row, DataFormat.ALPACA) == "### User:\nTranslate.\n\nbonjour\n\n### Assistant:\n[hello]$"
+    for empty in ({"input": ""}, {"input": None}, {"input": " "}):
+        assert said(row | empty, DataFormat.ALPACA) == "### User:\nTranslate.\n\n### Assistant:\n[hello]$"
+    assert said(row | {"system": "s"}, DataFormat.ALPACA).startswith("### System:\ns\n\n### User:\nTranslate.")
+    rows = [row, row | {"input": 3}, row | {"output": " "}, {"instruction": "a", "output": "b"}, row | {"input": "\0"}]
+    assert reasons(DataFormat.ALPACA, *rows) == [
+        (1, "input", Reason.NOT_TEXT), (2, "output", Reason.EMPTY), (4, "input", Reason.NUL),
+    ]  # fmt: skip
+
+
+def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
+    return {"conversations": [{"from": speaker, "value": value} for speaker, value in pairs]}
+
+
+def test_sharegpt_is_a_chat() -> None:
+    row = turns(
+        ("system", "s"), ("human", "hi"), ("function_call", '{"name": "add", "arguments": {"a": 1}}'),
+        ("observation", "3"), ("gpt", "hello"),
+    )  # fmt: skip
+    assert reasons(DataFormat.SHAREGPT, row) == []
+    assert said(row, DataFormat.SHAREGPT) == (
+        '### System:\ns\n\n### User:\nhi\n\n### Assistant:\n[{"name": "add", "arguments": {"a": 1}}]$\n\n'
+        "### Tool:\n3\n\n### Assistant:\n[hello]$"
+    )
+    beside = turns(("human", "hi"), ("gpt", "hello")) | {"system": "s", "tools": '[{"name": "add"}]'}
+    assert said(beside, DataFormat.SHAREGPT).startswith('### Tools:\n{"name": "add"}\n\n### System:\ns\n\n### User:')
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, Reason.NULL),
+        ("hi", Reason.NOT_TURNS),
+        ([], Reason.NOT_TURNS),
+        ([{"from": "human"}], Reason.NOT_TURNS),
+        ([{"role": "user", "content": "x"}], Reason.NOT_TURNS),
+        (turns(("alien", "x"), ("gpt", "y"))["conversations"], Reason.ROLE),
+        (turns((["human"], "x"), ("gpt", "y"))["conversations"], Reason.ROLE),
+        (turns(("human", 3), ("gpt", "y"))["conversations"], Reason.CONTENT),
+        (turns(("human", "x"), ("gpt", ""))["conversations"], Reason.EMPTY),
+        (turns(("human", "x"))["conversations"], Reason.NO_ANSWER),
+        (turns(("human", "x"), ("function_call", "no JSON"))["conversations"], Reason.CALL),
+        ([{"from": "human", "value": "x", "weight": 0}], Reason.FIELDS),
+    ],
+)
+def test_sharegpt_faults(value: Any, reason: Reason) -> None:
+    fine = turns(("user", "hi"), ("assistant", "hello"))
+    rows = reasons(DataFormat.SHAREGPT, fine, {"conversations": value}, fine)
+    assert rows == [(1, "conversations", reason)]
 
 
 @pytest.mark.parametrize(

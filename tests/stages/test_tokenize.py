@@ -112,6 +112,34 @@ def test_chat_counts_what_the_assistant_says(tmp_path: Path) -> None:
     assert found[0][0].startswith("### System:\nBe brief.\n\n### User:\nhi ")
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_alpaca_and_sharegpt_files_keep_balanced_books(tmp_path: Path, suffix: str) -> None:
+    import pandas as pd
+
+    ask = [{"instruction": f"Add {i}", "input": None if i % 2 else "1", "output": str(i + 1)} for i in range(20)]
+    talk = [
+        {"conversations": [{"from": "human", "value": f"hi {i}"}, {"from": "gpt", "value": "ho"}]} for i in range(9)
+    ]
+    for format, rows, bad in (
+        ("alpaca", ask, {"instruction": "x", "input": None, "output": ""}), ("sharegpt", talk, {"conversations": []})
+    ):  # fmt: skip
+        path = tmp_path / f"{format}.{suffix}"
+        frame = pd.DataFrame([*rows, bad, rows[0]])
+        frame.to_parquet(path) if suffix == "parquet" else lines(path, [*rows, bad, rows[0]])
+        out, summary = run(tmp_path, DataConfig(format=format, files=(str(path),), seq_len=64, held_out=0.3), format)
+        books = summary["accounting"]
+        assert (books["rows_read"], books["used"], books["duplicates"]) == (len(rows) + 2, len(rows), 1)
+        assert sum(books["rejected"].values()) == 1
+        counted = {counted for split in ("train", "held_out") for _, counted in documents(out, split)}
+        assert counted == ({f"{i + 1}$" for i in range(20)} if format == "alpaca" else {"ho$"})
+
+
+def test_columns_of_another_format_are_named(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"instruction": "x", "output": "y"}])
+    with pytest.raises(InputError, match=r"no column text .*; data\.format = 'alpaca' reads them"):
+        run(tmp_path, DataConfig(files=(str(path),)))
+
+
 def test_long_documents_are_cut_without_loss_and_pieces_that_teach_nothing_are_counted_as_dropped(
     tmp_path: Path,
 ) -> None:

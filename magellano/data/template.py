@@ -1,0 +1,177 @@
+"""Chat templates in Jinja, as `tokenizer_config.json` has them: what a conversation says, and which of it counts.
+
+A template comes with a model, so from strangers: it runs in Jinja's sandbox, its output and the strings that it makes are
+bounded by a row's length, and it reads nothing but the conversation. Its eos_token becomes our end-of-text, its bos_token
+nothing, for every document starts with end-of-text anyway; any other special token is text.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from magellano import files
+from magellano.data import limits
+from magellano.data.shapes import Call, Conversation, Message, Role
+from magellano.errors import InputError
+
+END = "\0end\0"  # stands for the end-of-text while a template runs: no row that passed the checks holds a NUL
+MESSAGES = 400  # of a conversation: each answer is found by rendering what leads up to it
+TEMPLATE_BYTES = limits.MIB
+_REMEDY = "give a tokenizer_config.json with a chat_template, or the template itself as .jinja"
+
+
+class Unfit(ValueError):
+    """A conversation that the template refuses, or that it renders so that the answers cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """`source`: the Jinja text; `label`: for messages."""
+
+    source: str
+    label: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Template":
+        """The template in a `tokenizer_config.json` (of several, "default"), or a text file. InputError for none."""
+        with files.opened(path, _REMEDY) as file:
+            data = file.read(TEMPLATE_BYTES + 1)
+        if len(data) > TEMPLATE_BYTES:
+            raise InputError(f"{path}: longer than {TEMPLATE_BYTES // limits.MIB} MiB; {_REMEDY}")
+        try:
+            text = data.decode("utf-8")
+            found = json.loads(text).get("chat_template") if path.suffix == ".json" else text
+        except (ValueError, AttributeError, RecursionError):
+            raise InputError(f"{path}: not the JSON object or the UTF-8 text that it should be; {_REMEDY}") from None
+        if isinstance(found, list):
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = named.get("default")
+        if not isinstance(found, str) or not found.strip():
+            raise InputError(f"{path}: no chat_template in it; {_REMEDY}")
+        made = cls(found, str(path))
+        made._compiled  # noqa: B018 (a template that is none is refused here)
+        return made
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.source.encode("utf-8")).hexdigest()
+
+    def parts(self, said: Conversation) -> list[tuple[str, bool, bool]]:
+        """(text, whether it counts, whether end-of-text follows) of a conversation. An answer is what its rendering adds
+        to the prompt before it. Raises Unfit.
+        """
+        if len(said.messages) > MESSAGES:
+            raise Unfit(f"has more than {MESSAGES} messages, too many for a chat template")
+        done, made = "", []
+        for index, message in enumerate(said.messages):
+            if message.role is Role.ASSISTANT:
+                prompt = self._render(said, index, asks=True)
+                whole = self._render(said, index + 1)
+                if not prompt.startswith(done) or not whole.startswith(prompt):
+                    raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
+                made += [*_pieces(prompt[len(done) :], False), *_pieces(whole[len(prompt) :], True)]
+                done = whole
+        rest = self._render(said, len(said.messages))
+        if not rest.startswith(done):
+            raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
+        # What follows the last answer (as a line feed behind <|im_end|>) is context.
+        return made + _pieces(rest[len(done) :], False)
+
+    def _render(self, said: Conversation, count: int, asks: bool = False) -> str:
+        import jinja2
+
+        facts = {
+            "messages": [_plain(message) for message in said.messages[:count]], "add_generation_prompt": asks,
+            "tools": list(said.tools) or None, "bos_token": "", "eos_token": END,
+        }  # fmt: skip
+        made, size = [], 0
+        try:
+            for piece in self._compiled.generate(facts):
+                made.append(piece)
+                if (size := size + len(piece)) > limits.ROW_BYTES:
+                    raise Unfit(f"is rendered by the chat template to more than {limits.ROW_BYTES // limits.MIB} MiB")
+        except Unfit:
+            raise
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as e:
+            told = (str(e).splitlines() or [type(e).__name__])[0][:120]
+            raise Unfit(f"is refused by the chat template ({told})") from None
+        return "".join(made)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        import jinja2
+
+        try:
+            return _environment().from_string(self.source)
+        except (jinja2.TemplateError, RecursionError) as e:
+            raise InputError(f"{self.label}: not a chat template ({str(e).splitlines()[0]}); {_REMEDY}") from None
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    made: dict[str, Any] = {"role": str(message.role), "content": message.content}
+    if message.calls:
+        made["tool_calls"] = [{"type": "function", "function": _call(call)} for call in message.calls]
+    return made
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def _pieces(text: str, counts: bool) -> list[tuple[str, bool, bool]]:
+    *ended, rest = text.split(END)
+    return [*((piece, counts, True) for piece in ended), *([(rest, counts, False)] if rest else [])]
+
+
+def _environment() -> Any:
+    """Jinja as transformers sets it up, in the sandbox: what templates are written for."""
+    from jinja2 import nodes
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks answers for transformers; here they are found without it."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**", "%"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            numbers = isinstance(left, int | float) and isinstance(right, int | float)
+            if not numbers and operator == "*":
+                sized, times = (left, right) if isinstance(right, int) else (right, left)
+                if len(sized) * times > limits.BLANK_RUN:
+                    raise SecurityError("a string or a list is repeated too often")
+            elif not numbers or (operator == "**" and (abs(left) > 1000 or abs(right) > 1000)):
+                raise SecurityError(f"{operator} is not for this in a chat template")
+            return super().call_binop(context, operator, left, right)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **more: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent and min(indent, 8))
+
+    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    for dear in ("center", "format", "indent", "wordwrap", "filesizeformat", "pprint", "xmlattr", "urlize"):
+        made.filters.pop(dear, None)  # make long strings out of short ones
+    made.filters["tojson"] = to_json
+    made.globals |= {"raise_exception": refuse, "strftime_now": _no_clock}
+    made.globals.pop("lipsum", None)
+    return made
+
+
+def _no_clock(form: str) -> str:
+    """A fixed day: the same data make the same tokens on every day."""
+    return datetime(2026, 1, 1).strftime(form[:64])
