@@ -69,6 +69,11 @@ class DataFormat(StrEnum):
     ALPACA = "alpaca"
     SHAREGPT = "sharegpt"
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations."""
+        return self not in (DataFormat.TEXT, DataFormat.COMPLETIONS)
+
 
 class Compute(StrEnum):
     """Number format of activations and matrix products; `AUTO` is float32 on a CPU, bfloat16 on a GPU."""

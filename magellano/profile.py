@@ -84,16 +84,28 @@ class DataConfig(Section):
     files: tuple[str, ...] = Field(default=(), strict=False)
     hub: str = ""  # a data set on the Hugging Face hub: the one case that uses the network
     split: str = "train"
+    template: str = ""  # a chat template of Jinja: a tokenizer_config.json, or a .jinja; "": ours (data/formats.py)
     seq_len: Positive = 512  # T
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
     deduplicate: bool = True
     max_rows: Annotated[int, Field(ge=0)] = 0  # 0: all
     seed: Annotated[int, Field(ge=0)] = 0
 
+    @property
+    def chats_as_ours(self) -> bool:
+        """Whether the documents are conversations by the template of data/formats.py."""
+        return self.format.is_chat and not self.template
+
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
         if bool(self.files) == bool(self.hub):
             raise ValueError("exactly one of files and hub must be given")
+        return self
+
+    @model_validator(mode="after")
+    def _template(self) -> "DataConfig":
+        if self.template and not self.format.is_chat:
+            raise ValueError(f'template is for conversations, and format is "{self.format}"; leave it out')
         return self
 
 

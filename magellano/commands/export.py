@@ -28,10 +28,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import time
 
     from magellano.commands.chosen import Chosen
-    from magellano.names import DataFormat
 
     chosen = Chosen.find(args.run)
-    trained_on_chats = chosen.release is not None and chosen.release.profile.data.format is DataFormat.CHAT
+    trained_on_chats = chosen.release is not None and chosen.release.profile.data.chats_as_ours
     if args.to == "peft":
         return _peft(chosen, args.folder)
     from magellano import export

@@ -67,6 +67,7 @@ class Session:
     tokenizer: "Tokenizer"
     sampling: "Sampling"
     start: "Context"  # where a prompt goes on: the start of a document, or the state that was given
+    template: str = ""  # the chat template of the training data, where it is not ours
 
     def heard(self) -> Callable[[int, str], None]:
         """Writes pieces of text as they are made, unless --json wants one object."""
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         start = context.load(args.state, model, identity)
     else:
         start = generate.begin(model, tokenizer.end_of_text)
-    session = Session(args, model, tokenizer, sampling, start)
+    template = "" if chosen.release is None else chosen.release.profile.data.template
+    session = Session(args, model, tokenizer, sampling, start, template)
     way = _chat if args.chat else _many if args.prompts is not None else _one
     facts, end = way(session)
     if args.save_state:
@@ -180,7 +182,13 @@ def prompts(path: Path) -> list[str]:
 def _chat(session: Session) -> tuple[dict[str, Any], "Context"]:
     from magellano.completion import Chat
     from magellano.data.formats import Role
+    from magellano.errors import InputError
 
+    if session.template:
+        raise InputError(
+            f"--chat: this release was trained on conversations by {session.template}, which is not known here; "
+            "give --prompt the text that the template makes"
+        )
     args, messages, tokens = session.args, [], 0
     chat = Chat(session.model, session.tokenizer, session.start)
     if args.system is not None:

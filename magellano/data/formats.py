@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from magellano.data.shapes import Conversation, Message, Role, compact, conversation
+from magellano.data.template import Template
 from magellano.names import DataFormat
 
 COLUMNS: dict[DataFormat, tuple[str, ...]] = {
@@ -63,15 +64,16 @@ class Document:
     digest: bytes = b""
 
 
-def segments(row: dict[str, Any], format: DataFormat) -> list[Segment]:
-    """The segments of a row that `schema` has found valid."""
+def segments(row: dict[str, Any], format: DataFormat, template: Template | None = None) -> list[Segment]:
+    """The segments of a row that `schema` has found valid. Raises Unfit for a conversation that `template` refuses."""
     match format:
         case DataFormat.TEXT:
             return [Segment(row["text"], counts=True, ends=True)]
         case DataFormat.COMPLETIONS:
             return [Segment(row["prompt"], counts=False), Segment(row["completion"], counts=True, ends=True)]
         case _:
-            return told(conversation(row, format))
+            said = conversation(row, format)
+            return told(said) if template is None else [Segment(*part) for part in template.parts(said)]
 
 
 def chat(messages: list[dict[str, Any]]) -> list[Segment]:

@@ -8,12 +8,14 @@ stay within `limits`. A plain text file is one document. Row numbers begin at 1 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from magellano.data import hub, limits, parquet, parse
 from magellano.data.formats import COLUMNS, OPTIONAL
 from magellano.data.parse import Numbered
 from magellano.data.sources import Kind, Source, opened
+from magellano.data.template import Template
 from magellano.errors import InputError
 from magellano.names import DataFormat
 from magellano.profile import DataConfig
@@ -30,12 +32,15 @@ class Chunk:
 
 
 def contents(config: DataConfig) -> list[tuple[str, str]]:
-    """Name and SHA-256 of each file that the config reads, or the hub's data set and its revision. Raises InputError as
-    `read` does.
+    """Name and SHA-256 of each file that the config reads, or the hub's data set and its revision, and of the chat
+    template. Raises InputError as `read` does.
     """
-    if config.hub:
-        return [(f"hub:{config.hub}/{config.split}", hub.revision(config.hub))]
     found = []
+    if config.template:
+        template = Template.read(Path(config.template).expanduser())
+        found.append(("chat template", hashlib.sha256(template.source.encode("utf-8")).hexdigest()))
+    if config.hub:
+        return [*found, (f"hub:{config.hub}/{config.split}", hub.revision(config.hub))]
     with opened(config) as sources:
         for source in sources:
             with open(source.path, "rb") as file:

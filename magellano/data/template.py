@@ -1,12 +1,13 @@
 """Chat templates in Jinja, as `tokenizer_config.json` has them: what a conversation says, and which of it counts.
 
-A template comes with a model, so from strangers: it runs in Jinja's sandbox, its output and the strings that it makes are
-bounded by a row's length, and it reads nothing but the conversation. Its eos_token becomes our end-of-text, its bos_token
-nothing, for every document starts with end-of-text anyway; any other special token is text.
+A template comes with a model, so from strangers: it runs in Jinja's sandbox, sees nothing but the conversation, and its
+output is bounded by a row's length. One that means to waste time or memory still can: take it as you take a model.
+Its eos_token, as a variable or spelled out, becomes our end-of-text, which also follows the last answer; its bos_token
+becomes nothing, for every document starts with end-of-text anyway. Any other special token is text.
 """
 
-import hashlib
 import json
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -15,11 +16,12 @@ from typing import Any
 
 from magellano import files
 from magellano.data import limits
-from magellano.data.shapes import Call, Conversation, Message, Role
+from magellano.data.shapes import Call, Conversation, Message, Role, compact
 from magellano.errors import InputError
 
 END = "\0end\0"  # stands for the end-of-text while a template runs: no row that passed the checks holds a NUL
 MESSAGES = 400  # of a conversation: each answer is found by rendering what leads up to it
+GROWING = ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map")  # long strings out of short ones
 TEMPLATE_BYTES = limits.MIB
 _REMEDY = "give a tokenizer_config.json with a chat_template, or the template itself as .jinja"
 
@@ -38,47 +40,48 @@ class Template:
     @classmethod
     def read(cls, path: Path) -> "Template":
         """The template in a `tokenizer_config.json` (of several, "default"), or a text file. InputError for none."""
-        with files.opened(path, _REMEDY) as file:
-            data = file.read(TEMPLATE_BYTES + 1)
-        if len(data) > TEMPLATE_BYTES:
-            raise InputError(f"{path}: longer than {TEMPLATE_BYTES // limits.MIB} MiB; {_REMEDY}")
-        try:
-            text = data.decode("utf-8")
-            found = json.loads(text).get("chat_template") if path.suffix == ".json" else text
-        except (ValueError, AttributeError, RecursionError):
-            raise InputError(f"{path}: not the JSON object or the UTF-8 text that it should be; {_REMEDY}") from None
+        eos: Any = None
+        if path.suffix == ".json":
+            config = files.read_json(path, _REMEDY)
+            found, eos = config.get("chat_template"), config.get("eos_token")
+            eos = eos.get("content") if isinstance(eos, dict) else eos
+        else:
+            found = _text(path)
         if isinstance(found, list):
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-            found = named.get("default")
+            found = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}.get("default")
         if not isinstance(found, str) or not found.strip():
             raise InputError(f"{path}: no chat_template in it; {_REMEDY}")
+        if isinstance(eos, str) and eos.strip():
+            found = found.replace(eos, END)
         made = cls(found, str(path))
         made._compiled  # noqa: B018 (a template that is none is refused here)
         return made
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.source.encode("utf-8")).hexdigest()
-
     def parts(self, said: Conversation) -> list[tuple[str, bool, bool]]:
-        """(text, whether it counts, whether end-of-text follows) of a conversation. An answer is what its rendering adds
-        to the prompt before it. Raises Unfit.
+        """(text, whether it counts, whether end-of-text follows) of a conversation. An answer is what it adds to the
+        prompt before it, up to its end-of-text. Raises Unfit.
         """
         if len(said.messages) > MESSAGES:
             raise Unfit(f"has more than {MESSAGES} messages, too many for a chat template")
-        done, made = "", []
+        if "\\u0000" in compact([[c.arguments, c.name] for m in said.messages for c in m.calls] + [said.tools]):
+            raise Unfit("holds a NUL character in a tool or a call")
+        done, made, answer = "", [], []
         for index, message in enumerate(said.messages):
             if message.role is Role.ASSISTANT:
                 prompt = self._render(said, index, asks=True)
                 whole = self._render(said, index + 1)
                 if not prompt.startswith(done) or not whole.startswith(prompt):
                     raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
-                made += [*_pieces(prompt[len(done) :], False), *_pieces(whole[len(prompt) :], True)]
+                answer = _pieces(whole[len(prompt) :], True)
+                if not any(text.strip() for text, counts, _ in answer if counts):
+                    raise Unfit("has an answer of which the chat template leaves nothing (does it know tool calls?)")
+                made += [*_pieces(prompt[len(done) :], False), *answer]
                 done = whole
         rest = self._render(said, len(said.messages))
         if not rest.startswith(done):
             raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
-        # What follows the last answer (as a line feed behind <|im_end|>) is context.
+        if answer and not any(ends for _, counts, ends in answer if counts):
+            made[-1] = (made[-1][0], True, True)
         return made + _pieces(rest[len(done) :], False)
 
     def _render(self, said: Conversation, count: int, asks: bool = False) -> str:
@@ -111,6 +114,17 @@ class Template:
             raise InputError(f"{self.label}: not a chat template ({str(e).splitlines()[0]}); {_REMEDY}") from None
 
 
+def _text(path: Path) -> str:
+    with files.opened(path, _REMEDY) as fd:
+        if (size := os.fstat(fd).st_size) > TEMPLATE_BYTES:
+            raise InputError(f"{path}: longer than {TEMPLATE_BYTES // limits.MIB} MiB; {_REMEDY}")
+        data = files.read_at(fd, 0, size)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; {_REMEDY}") from None
+
+
 def _plain(message: Message) -> dict[str, Any]:
     made: dict[str, Any] = {"role": str(message.role), "content": message.content}
     if message.calls:
@@ -124,7 +138,8 @@ def _call(call: Call) -> dict[str, Any]:
 
 def _pieces(text: str, counts: bool) -> list[tuple[str, bool, bool]]:
     *ended, rest = text.split(END)
-    return [*((piece, counts, True) for piece in ended), *([(rest, counts, False)] if rest else [])]
+    behind = [(rest, counts and not ended, False)] if rest else []
+    return [*((piece, counts, True) for piece in ended), *behind]
 
 
 def _environment() -> Any:
@@ -146,6 +161,10 @@ def _environment() -> Any:
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["*", "**", "%"])
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            grows = isinstance(obj, str) and attr in GROWING
+            return not grows and super().is_safe_attribute(obj, attr, value)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             numbers = isinstance(left, int | float) and isinstance(right, int | float)

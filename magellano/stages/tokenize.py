@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from magellano.data.accounting import Accounting
 from magellano.data.formats import Document
 from magellano.data.packing import Packer, Piece, pieces
 from magellano.data.splitting import Split
+from magellano.data.template import Template, Unfit
 from magellano.errors import InputError
 from magellano.profile import DataConfig
 from magellano.progress import Progress
@@ -59,6 +60,7 @@ class _Reader:
             rejects,
             progress,
         )
+        self._template = Template.read(Path(data.template).expanduser()) if data.template else None
         self._seen: set[bytes] = set()
         self._first_reject = ""
         self.files: Counter[str] = Counter()  # rows read by file
@@ -78,25 +80,29 @@ class _Reader:
                 f"all {count} rows are rejected, the first: {self._first_reject}; correct the data or data.format"
             )
 
-    def _valid(self, chunk: readers.Chunk) -> list[dict[str, Any]]:
+    def _valid(self, chunk: readers.Chunk) -> Iterator[list[formats.Segment]]:
+        """What the rows say that the schema, and the chat template if there is one, take."""
         bad = {reject.row: reject for reject in schema.validate(chunk.rows, self._data.format)}
-        for index, reject in bad.items():
-            reason = f"{reject.column} {reject.reason}"
-            self._books.rejected[reason] += 1
-            where = {
-                "file": chunk.file,
-                "row": chunk.numbers[index],
-                "column": reject.column,
-                "reason": str(reject.reason),
-            }
-            self._rejects.write(json.dumps(where, ensure_ascii=False) + "\n")
-            self._first_reject = self._first_reject or f"{chunk.file}: row {chunk.numbers[index]}: {reason}"
-        return [row for index, row in enumerate(chunk.rows) if index not in bad]
+        for index, row in enumerate(chunk.rows):
+            if reject := bad.get(index):
+                self._reject(chunk, index, reject.column, str(reject.reason))
+                continue
+            try:
+                parts = formats.segments(row, self._data.format, self._template)
+            except Unfit as e:
+                self._reject(chunk, index, formats.COLUMNS[self._data.format][0], str(e))
+                continue
+            yield parts
 
-    def _distinct(self, rows: list[dict[str, Any]]) -> Iterator[tuple[bytes, list[formats.Segment]]]:
-        """Each row as segments with its content's digest, without those seen before if the profile says so."""
-        for row in rows:
-            parts = formats.segments(row, self._data.format)
+    def _reject(self, chunk: readers.Chunk, index: int, column: str, reason: str) -> None:
+        self._books.rejected[f"{column} {reason}"] += 1
+        where = {"file": chunk.file, "row": chunk.numbers[index], "column": column, "reason": reason}
+        self._rejects.write(json.dumps(where, ensure_ascii=False) + "\n")
+        self._first_reject = self._first_reject or f"{chunk.file}: row {chunk.numbers[index]}: {column} {reason}"
+
+    def _distinct(self, rows: Iterable[list[formats.Segment]]) -> Iterator[tuple[bytes, list[formats.Segment]]]:
+        """Each row's segments with its content's digest, without those seen before if the profile says so."""
+        for parts in rows:
             digest = formats.digest(parts)
             if self._data.deduplicate and digest in self._seen:
                 self._books.duplicates += 1

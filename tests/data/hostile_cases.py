@@ -313,9 +313,11 @@ CASES = {
     "chat-faults": Case(
         "a.jsonl",
         lines(
-            chat(USER), chat(USER, ANSWER | {"tool_calls": [{}]}), chat(USER, ANSWER | {"weight": 0}),
+            chat(USER),
+            chat(USER, ANSWER | {"tool_calls": [{}]}),
+            chat(USER, ANSWER | {"weight": 0}),
             chat(USER, {"role": "assistant", "content": [1]}),
-        ),  # fmt: skip
+        ),
         rejected={
             "messages has no assistant message, so nothing would be learnt": 1,
             "messages has a message with more than role, content and tool calls (weights), which would be lost": 1,
