@@ -43,7 +43,10 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
     match stage:
         case Stage.TOKENIZE:
             assert data is not None
-            how = data.model_dump(mode="json", exclude={"files", "hub", "template"})
+            where = {"files", "hub"}
+            how = data.model_dump(mode="json", exclude={*where, "template", "sources"})
+            if data.sources:
+                how["sources"] = [source.model_dump(mode="json", exclude=where) for source in data.sources]
             facts = {"data": how, "vocab_size": profile.model.vocab_size}
             return facts if (digest := _foreign(profile)) is None else facts | {"tokenizer": digest}
         case Stage.PRETRAIN:

@@ -9,7 +9,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,6 +77,17 @@ class BaseConfig(Section):
         return self
 
 
+class DataSource(Section):
+    """One of several data sets: [[data.sources]]."""
+
+    name: Annotated[str, Field(min_length=1, max_length=60)]
+    weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0  # share of the rows of an epoch, against the other weights
+    files: tuple[str, ...] = Field(default=(), strict=False)
+    hub: str = ""
+    split: str = "train"
+    format: DataFormat | None = Field(default=None, strict=False)
+
+
 class DataConfig(Section):
     """What to read, as what, and how to pack it. `files` takes paths, globs, folders and `builtin:NAME`."""
 
@@ -84,27 +95,34 @@ class DataConfig(Section):
     files: tuple[str, ...] = Field(default=(), strict=False)
     hub: str = ""  # a data set on the Hugging Face hub: the one case that uses the network
     split: str = "train"
+    sources: tuple[DataSource, ...] = Field(default=(), strict=False)  # in place of files and hub
     template: str = ""  # a chat template of Jinja: a tokenizer_config.json, or a .jinja; "": ours (data/formats.py)
     seq_len: Positive = 512  # T
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
     deduplicate: bool = True
-    max_rows: Annotated[int, Field(ge=0)] = 0  # 0: all
+    max_rows: Annotated[int, Field(ge=0)] = 0  # of each source; 0: all
     seed: Annotated[int, Field(ge=0)] = 0
 
     @property
     def chats_as_ours(self) -> bool:
         """Whether the documents are conversations by the template of data/formats.py."""
-        return self.format.is_chat and not self.template
+        return not self.template and all(part.format.is_chat for part in self.parts)
+
+    @property
+    def parts(self) -> tuple["DataConfig", ...]:
+        """Each source on its own; without sources this alone."""
+        own = [s.model_dump(exclude={"name", "weight"}) | {"format": s.format or self.format} for s in self.sources]
+        return tuple(self.model_copy(update={**changes, "sources": ()}) for changes in own) or (self,)
 
     @model_validator(mode="after")
-    def _one_source(self) -> "DataConfig":
-        if bool(self.files) == bool(self.hub):
-            raise ValueError("exactly one of files and hub must be given")
-        return self
-
-    @model_validator(mode="after")
-    def _template(self) -> "DataConfig":
-        if self.template and not self.format.is_chat:
+    def _possible(self) -> "DataConfig":
+        if bool(self.files) + bool(self.hub) + bool(self.sources) != 1:
+            raise ValueError("exactly one of files and hub, or else sources, must be given")
+        if wrong := [source.name for source in self.sources if bool(source.files) == bool(source.hub)]:
+            raise ValueError(f"sources: {wrong[0]}: exactly one of files and hub must be given")
+        if len({source.name for source in self.sources}) < len(self.sources):
+            raise ValueError("sources: two have the same name; rename one")
+        if self.template and not any(part.format.is_chat for part in self.parts):
             raise ValueError(f'template is for conversations, and format is "{self.format}"; leave it out')
         return self
 
@@ -322,6 +340,8 @@ def _nearest(word: str, known: list[str]) -> str:
 def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The section class under `key`, or None where the key holds a plain value."""
     annotation = model.model_fields[key].annotation
+    if get_origin(annotation) is tuple:  # a list of sections is a value: pydantic checks its keys
+        return None
     for kind in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

@@ -152,7 +152,7 @@ def _books(stage: str, counts: dict[str, Any]) -> Table:
     reasons = {f"rejected: {reason}": n for reason, n in counts["rejected"].items()}
     tokens = {"trained": counts["trained"], "prompts": counts["context"]}
     tokens |= {"held out": counts["held_out"], "dropped": counts["dropped"]}
-    rows = (
+    rows: tuple[tuple[str, str, str], ...] = (
         (
             "rows",
             number(counts["rows_read"]),
@@ -160,6 +160,10 @@ def _books(stage: str, counts: dict[str, Any]) -> Table:
         ),
         ("tokens", number(counts["tokens_in"]), _sum(tokens)),
     )
+    for name, part in counts.get("sources", {}).items():
+        kept = {"used": part["used"], "rejected": sum(part["rejected"].values()), "duplicates": part["duplicates"]}
+        what = f"{name}, weight {part['weight']:g}"
+        rows += ((what, number(part["rows_read"]), f"{_sum(kept)}; {part['times']:.2f} times an epoch"),)
     return Table(f"Data of {stage}", ("", "read", "are"), rows, numbers=False)
 
 

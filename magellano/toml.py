@@ -30,6 +30,8 @@ def _value(value: Any) -> str:
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, str):
         return _string(value, bare=False)
+    if isinstance(value, Mapping):  # in an array
+        return "{" + ", ".join(f"{_string(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, Sequence):
         return "[" + ", ".join(map(_value, value)) + "]"
     raise TypeError(f"{type(value).__name__} has no form in TOML here")

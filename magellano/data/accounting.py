@@ -1,7 +1,8 @@
 """The books of a tokenized data set. They balance exactly, or `check` fails: nothing is lost in silence."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -31,6 +32,15 @@ class Accounting:
         tokens = self.trained + self.context + self.held_out + self.dropped
         assert self.tokens_in == tokens, f"tokens: {self.tokens_in} in, {tokens} accounted for"
         assert self.used == self.documents.total(), f"rows used: {self.used}, documents: {self.documents.total()}"
+
+    @classmethod
+    def total(cls, parts: "Sequence[Accounting]") -> "Accounting":
+        """The books of several sources as one."""
+        made = cls()
+        for part in parts:
+            for f in fields(cls):
+                setattr(made, f.name, getattr(made, f.name) + getattr(part, f.name))
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; reasons and splits in alphabetical order."""

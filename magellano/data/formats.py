@@ -62,6 +62,7 @@ class Document:
     targets: np.ndarray
     counts: np.ndarray
     digest: bytes = b""
+    source: int = 0  # number of the source that it comes from
 
 
 def segments(row: dict[str, Any], format: DataFormat, template: Template | None = None) -> list[Segment]:
@@ -110,7 +111,9 @@ def digest(parts: list[Segment]) -> bytes:
     return hashlib.blake2b(content.encode("utf-8"), digest_size=16).digest()
 
 
-def document(parts: Iterable[tuple[Segment, list[int]]], end_of_text: int, digest: bytes = b"") -> Document:
+def document(
+    parts: Iterable[tuple[Segment, list[int]]], end_of_text: int, digest: bytes = b"", source: int = 0
+) -> Document:
     """The segments with their token ids as one document, ended by end-of-text (context where none was asked)."""
     ids: list[int] = []
     counts: list[bool] = []
@@ -125,4 +128,4 @@ def document(parts: Iterable[tuple[Segment, list[int]]], end_of_text: int, diges
     if not ended:
         ids.append(end_of_text)
         counts.append(False)
-    return Document(np.array(ids, dtype=np.uint16), np.array(counts, dtype=np.uint8), digest)
+    return Document(np.array(ids, dtype=np.uint16), np.array(counts, dtype=np.uint8), digest, source)

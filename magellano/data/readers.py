@@ -7,7 +7,7 @@ stay within `limits`. A plain text file is one document. Row numbers begin at 1 
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Chunk:
     numbers: list[int]
     rows: list[dict[str, Any]]
     last: bool = False
+    source: int = 0  # number of its source
 
 
 def contents(config: DataConfig) -> list[tuple[str, str]]:
@@ -39,6 +40,10 @@ def contents(config: DataConfig) -> list[tuple[str, str]]:
     if config.template:
         template = Template.read(Path(config.template).expanduser())
         found.append(("chat template", hashlib.sha256(template.source.encode("utf-8")).hexdigest()))
+    if config.sources:
+        named = zip(config.sources, config.parts, strict=True)
+        own = [(source.name, entry) for source, part in named for entry in contents(_bare(part))]
+        return [*found, *((f"{name}: {file}", content) for name, (file, content) in own)]
     if config.hub:
         return [*found, (f"hub:{config.hub}/{config.split}", hub.revision(config.hub))]
     with opened(config) as sources:
@@ -46,6 +51,10 @@ def contents(config: DataConfig) -> list[tuple[str, str]]:
             with open(source.path, "rb") as file:
                 found.append((source.name, hashlib.file_digest(file, "sha256").hexdigest()))
     return found
+
+
+def _bare(config: DataConfig) -> DataConfig:
+    return config.model_copy(update={"template": ""})
 
 
 def digest(config: DataConfig) -> str:
@@ -63,10 +72,14 @@ def digest_of(config: DataConfig, found: list[tuple[str, str]]) -> str:
 
 
 def read(config: DataConfig) -> Iterator[Chunk]:
-    """All rows that the config names, at most `max_rows` of them (0: all).
+    """All rows that the config names, source by source, at most `max_rows` of each (0: all).
 
     Raises InputError with file, row and remedy for what cannot be read; a data set without rows is one.
     """
+    if config.sources:
+        for number, part in enumerate(config.parts):
+            yield from (replace(chunk, source=number) for chunk in read(part))
+        return
     left = config.max_rows or None
     empty = True
     for chunk in _all(config):

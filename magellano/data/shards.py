@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from magellano import headers
+from magellano.data import mixing
 from magellano.errors import InputError
 
 FACTS, SCHEMA = "tokens.json", 1
@@ -108,10 +109,30 @@ class Shards:
                 f"{folder}: {sum(sizes)} rows of {split!r} in the shards, {self.rows} in {FACTS}; "
                 "run the tokenize stage again"
             )
+        self._epoch = self._mixed(folder, sizes) if split == "train" and "mix" in self.facts else None
+        if self._epoch is not None:
+            self.rows = len(self._epoch)
+
+    def _mixed(self, folder: Path, sizes: list[int]) -> np.ndarray:
+        """The rows of an epoch of several sources."""
+        try:
+            mix = self.facts["mix"]
+            owners, slots, seed = mix["shards"], [int(n) for n in mix["slots"]], int(mix["seed"])
+            if len(owners) != len(sizes) or sum(slots) > (mixing.LONGEST + 1) * self.rows:
+                raise ValueError
+            source = np.repeat(np.array(owners, dtype=np.int64), sizes)
+            places = [np.flatnonzero(source == k) for k in range(len(slots))]
+            if not all(0 < len(rows) <= count for rows, count in zip(places, slots, strict=True)):
+                raise ValueError
+            return mixing.epoch(places, slots, seed)
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{folder}: how its sources mix is damaged in {FACTS}; {_AGAIN}") from None
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """The rows with these numbers (0..rows-1), in this order."""
-        places = [self._place(int(i)) for i in indices]
+        """The rows with these numbers (0..rows-1), in this order. Several sources number an epoch's rows: some are rows
+        of the shards more than once.
+        """
+        places = [self._place(int(i if self._epoch is None else self._epoch[int(i)])) for i in indices]
         tokens, targets, weights, reset = (
             np.stack([self._shards[shard].get_slice(name)[row] for shard, row in places]) for name in _DTYPES
         )
@@ -119,7 +140,7 @@ class Shards:
 
     def _place(self, row: int) -> tuple[int, int]:
         """Which shard holds a row, and where in it."""
-        if not 0 <= row < self.rows:
+        if not 0 <= row < int(self._ends[-1]):
             raise IndexError(f"row {row} of {self.rows}")
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return shard, row - (int(self._ends[shard - 1]) if shard else 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from magellano.data import formats, readers, schema, shards, splitting
+from magellano.data import formats, mixing, readers, schema, shards, splitting
 from magellano.data.accounting import Accounting
 from magellano.data.formats import Document
 from magellano.data.packing import Packer, Piece, pieces
@@ -31,114 +31,144 @@ def run(
 
     Raises InputError for what `readers.read` refuses, where no row is valid and where nothing can be held out.
     """
-    tokenizer, books = tokenizer or Tokenizer(vocab_size), Accounting()
-    which = {"ranks_sha256": RANKS_SHA256} if type(tokenizer) is Tokenizer else {}
-    writers = {split: _Writer(out, split, data.seq_len, tokenizer, books) for split in Split}
+    tokenizer = tokenizer or Tokenizer(vocab_size)
+    own = [Accounting() for _ in data.parts]  # by source
+    which: dict[str, Any] = {"ranks_sha256": RANKS_SHA256} if type(tokenizer) is Tokenizer else {}
+    held_out = _Writer(out, Split.HELD_OUT, data.seq_len, tokenizer, own, shards=[])
+    owners: list[int] = []  # of the training shards
+    trained = [_Writer(out, Split.TRAIN, data.seq_len, tokenizer, own, owners, n) for n in range(len(own))]
     with open(out / REJECTS, "x", encoding="utf-8") as rejects:
-        reader = _Reader(data, tokenizer, books, rejects, progress)
+        reader = _Reader(data, tokenizer, own, rejects, progress)
         for split, document in splitting.assign(reader.documents(), data.held_out, data.seed):
-            writers[split].add(document)
-    for writer in writers.values():
+            (held_out if split is Split.HELD_OUT else trained[document.source]).add(document)
+    for writer in (held_out, *trained):
         writer.finish()
-    books.check()
-    rows = {str(split): writer.rows for split, writer in writers.items()}
+    books = Accounting.total(own)
+    for part in (books, *own):
+        part.check()
+    rows = {str(Split.TRAIN): sum(writer.rows for writer in trained), str(Split.HELD_OUT): held_out.rows}
+    told = books.to_dict()
+    if data.sources:
+        mix, told["sources"] = _mixed(data, trained, owners, own)
+        which |= {"mix": mix}
     shards.write_facts(
         out, vocab_size=vocab_size, seq_len=data.seq_len, rows=rows, format=data.format,
-        end_of_text=tokenizer.end_of_text, files=dict(reader.files), accounting=books.to_dict(), **which,
+        end_of_text=tokenizer.end_of_text, files=dict(reader.files), accounting=told, **which,
     )  # fmt: skip
-    return {"rows": rows, "seq_len": data.seq_len, "vocab_size": vocab_size, "accounting": books.to_dict()}
+    return {"rows": rows, "seq_len": data.seq_len, "vocab_size": vocab_size, "accounting": told}
+
+
+def _mixed(
+    data: DataConfig, trained: list["_Writer"], owners: list[int], own: list[Accounting]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How `shards.Shards` mixes the sources, and the books of each: with its weight and how often an epoch shows it."""
+    rows, names = [writer.rows for writer in trained], [source.name for source in data.sources]
+    slots = mixing.slots(rows, [source.weight for source in data.sources], names)
+    told = {
+        source.name: {"weight": source.weight, "times": round(count / had, 3), **books.to_dict()}
+        for source, count, had, books in zip(data.sources, slots, rows, own, strict=True)
+    }
+    return {"shards": owners, "slots": slots, "seed": data.seed}, told
 
 
 class _Reader:
     """Rows -> valid, different documents of tokens; rejects are written down with their reason."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, books: Accounting, rejects: Any, progress: Progress):
-        self._data, self._tokenizer, self._books, self._rejects, self._progress = (
-            data,
-            tokenizer,
-            books,
-            rejects,
-            progress,
-        )
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, own: list[Accounting], rejects: Any, progress: Progress):
+        self._data, self._tokenizer, self._own = data, tokenizer, own
+        self._rejects, self._progress = rejects, progress
+        self._formats = [part.format for part in data.parts]
         self._template = Template.read(Path(data.template).expanduser()) if data.template else None
         self._seen: set[bytes] = set()
         self._first_reject = ""
         self.files: Counter[str] = Counter()  # rows read by file
 
     def documents(self) -> Iterator[Document]:
-        total, done = len(self._data.files) or 1, 0
+        total, done = sum(len(part.files) or 1 for part in self._data.parts), 0
         for chunk in readers.read(self._data):
-            self._books.rows_read += len(chunk.rows)
+            self._own[chunk.source].rows_read += len(chunk.rows)
             self.files[chunk.file] += len(chunk.rows)
-            yield from self._tokenize(self._distinct(self._valid(chunk)))
+            yield from self._tokenize(chunk.source, self._distinct(chunk.source, self._valid(chunk)))
             done += chunk.last
             total = max(total, done)
-            self._progress(done, total, rows=self._books.rows_read, tokens=self._books.tokens_in)
-        if self._books.used == 0:
-            count = self._books.rejected.total()
+            books = Accounting.total(self._own)
+            self._progress(done, total, rows=books.rows_read, tokens=books.tokens_in)
+        if all(books.used == 0 for books in self._own):
+            count = Accounting.total(self._own).rejected.total()
             raise InputError(
                 f"all {count} rows are rejected, the first: {self._first_reject}; correct the data or data.format"
             )
 
     def _valid(self, chunk: readers.Chunk) -> Iterator[list[formats.Segment]]:
         """What the rows say that the schema, and the chat template if there is one, take."""
-        bad = {reject.row: reject for reject in schema.validate(chunk.rows, self._data.format)}
+        format = self._formats[chunk.source]
+        bad = {reject.row: reject for reject in schema.validate(chunk.rows, format)}
         for index, row in enumerate(chunk.rows):
             if reject := bad.get(index):
                 self._reject(chunk, index, reject.column, str(reject.reason))
                 continue
             try:
-                parts = formats.segments(row, self._data.format, self._template)
+                parts = formats.segments(row, format, self._template)
             except Unfit as e:
-                self._reject(chunk, index, formats.COLUMNS[self._data.format][0], str(e))
+                self._reject(chunk, index, formats.COLUMNS[format][0], str(e))
                 continue
             yield parts
 
     def _reject(self, chunk: readers.Chunk, index: int, column: str, reason: str) -> None:
-        self._books.rejected[f"{column} {reason}"] += 1
+        self._own[chunk.source].rejected[f"{column} {reason}"] += 1
         where = {"file": chunk.file, "row": chunk.numbers[index], "column": column, "reason": reason}
         self._rejects.write(json.dumps(where, ensure_ascii=False) + "\n")
         self._first_reject = self._first_reject or f"{chunk.file}: row {chunk.numbers[index]}: {column} {reason}"
 
-    def _distinct(self, rows: Iterable[list[formats.Segment]]) -> Iterator[tuple[bytes, list[formats.Segment]]]:
+    def _distinct(
+        self, source: int, rows: Iterable[list[formats.Segment]]
+    ) -> Iterator[tuple[bytes, list[formats.Segment]]]:
         """Each row's segments with its content's digest, without those seen before if the profile says so."""
         for parts in rows:
             digest = formats.digest(parts)
             if self._data.deduplicate and digest in self._seen:
-                self._books.duplicates += 1
+                self._own[source].duplicates += 1
                 continue
             if self._data.deduplicate:
                 self._seen.add(digest)
             yield digest, parts
 
-    def _tokenize(self, rows: Iterator[tuple[bytes, list[formats.Segment]]]) -> Iterator[Document]:
+    def _tokenize(self, source: int, rows: Iterator[tuple[bytes, list[formats.Segment]]]) -> Iterator[Document]:
         """A chunk is encoded at once: threads share the work."""
         chunk = list(rows)
         texts = iter(self._tokenizer.encode_many([part.text for _, parts in chunk for part in parts]))
         for digest, parts in chunk:
-            document = formats.document(((part, next(texts)) for part in parts), self._tokenizer.end_of_text, digest)
-            self._books.used += 1
-            self._books.tokens_in += len(document.targets)
+            encoded = ((part, next(texts)) for part in parts)
+            document = formats.document(encoded, self._tokenizer.end_of_text, digest, source)
+            self._own[source].used += 1
+            self._own[source].tokens_in += len(document.targets)
             yield document
 
 
 class _Writer:
     """One split: documents -> pieces -> packed rows -> shards."""
 
-    def __init__(self, out: Path, split: Split, seq_len: int, tokenizer: Tokenizer, books: Accounting):
-        self._out, self._split, self._tokenizer, self._books = out, split, tokenizer, books
+    def __init__(
+        self, out: Path, split: Split, seq_len: int, tokenizer: Tokenizer, own: list[Accounting], shards: list[int],
+        source: int = 0,
+    ):  # fmt: skip
+        """`shards`: the source of each shard of the split, which its writers share. A writer of training rows has those
+        of one source alone, the other those of all.
+        """
+        self._out, self._split, self._tokenizer, self._own = out, split, tokenizer, own
         self._packer = Packer(seq_len, tokenizer.end_of_text)
         self._bytes_per_token = tokenizer.bytes_per_token()
         self._waiting: list[list[Piece]] = []
         self._rows_per_shard = max(1, SHARD_TOKENS // seq_len)
-        self._shards = 0
+        self._shards, self._source = shards, source
         self.rows = 0
 
     def add(self, document: Document) -> None:
-        self._books.documents[str(self._split)] += 1
-        self._books.split += len(document.targets) > self._packer.seq_len
+        books = self._own[document.source]
+        books.documents[str(self._split)] += 1
+        books.split += len(document.targets) > self._packer.seq_len
         for piece in pieces(document, self._packer.seq_len, self._tokenizer.end_of_text):
-            if self._count(piece):
+            if self._count(piece, books):
                 self._waiting += self._packer.add(piece)
         if len(self._waiting) >= self._rows_per_shard:
             self._write()
@@ -148,9 +178,9 @@ class _Writer:
         if self._waiting:
             self._write()
 
-    def _count(self, piece: Piece) -> bool:
+    def _count(self, piece: Piece, books: Accounting) -> bool:
         """Enter a piece in the books. False where nothing in it counts: it could teach and measure nothing."""
-        books, size, counted = self._books, len(piece.targets), int(piece.counts.sum())
+        size, counted = len(piece.targets), int(piece.counts.sum())
         if counted == 0:
             books.dropped += size
         elif self._split is Split.TRAIN:
@@ -164,8 +194,9 @@ class _Writer:
 
     def _write(self) -> None:
         rows = self._packer.arrays(self._waiting)
-        shards.write_shard(self._out, self._split, self._shards, rows)
-        self._books.padding += rows.tokens.size - sum(len(piece.tokens) for row in self._waiting for piece in row)
-        self._shards += 1
+        shards.write_shard(self._out, self._split, len(self._shards), rows)
+        self._shards.append(self._source)
+        held = sum(len(piece.tokens) for row in self._waiting for piece in row)
+        self._own[self._source].padding += rows.tokens.size - held
         self.rows += len(self._waiting)
         self._waiting = []
