@@ -40,7 +40,7 @@ def check(profile: Profile) -> None:
 
 def split_of(profile: Profile) -> dict[str, Any]:
     """What decides which documents are held out, and into which tokens they go."""
-    data = profile.data.model_dump(mode="json", include={"held_out", "seed", "format", "template"})
+    data = profile.data.model_dump(mode="json", include={"held_out", "seed", "format", "template", "render"})
     if profile.data.sources:
         data["format"] = [str(part.format) for part in profile.data.parts]
     return {**data, "vocab_size": profile.model.vocab_size}

@@ -75,6 +75,13 @@ class DataFormat(StrEnum):
         return self not in (DataFormat.TEXT, DataFormat.COMPLETIONS)
 
 
+class DataRender(StrEnum):
+    """What becomes of JSON records in prompts."""
+
+    JSON = "json"  # they stay as they stand
+    TOON = "toon"
+
+
 class Compute(StrEnum):
     """Number format of activations and matrix products; `AUTO` is float32 on a CPU, bfloat16 on a GPU."""
 

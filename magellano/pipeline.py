@@ -11,7 +11,7 @@ from typing import Any
 from magellano import durable
 from magellano.artifacts import content_digest, stage_key
 from magellano.errors import InputError
-from magellano.names import BaseSource, Stage
+from magellano.names import BaseSource, DataRender, Stage
 from magellano.profile import DataConfig, Profile
 from magellano.tokenizer import FILE, Tokenizer, ours
 
@@ -44,7 +44,9 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
         case Stage.TOKENIZE:
             assert data is not None
             where = {"files", "hub"}
-            how = data.model_dump(mode="json", exclude={*where, "template", "sources"})
+            how = data.model_dump(mode="json", exclude={*where, "template", "sources", "render"})
+            if data.render is not DataRender.JSON:
+                how["render"] = str(data.render)
             if data.sources:
                 how["sources"] = [source.model_dump(mode="json", exclude=where) for source in data.sources]
             facts = {"data": how, "vocab_size": profile.model.vocab_size}

@@ -13,8 +13,19 @@ from typing import Annotated, Any, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from magellano.data import rules
 from magellano.errors import InputError
-from magellano.names import BaseSource, Compute, DataFormat, LayerKind, LoraTarget, LossKind, Recompute, StateDtype
+from magellano.names import (
+    BaseSource,
+    Compute,
+    DataFormat,
+    DataRender,
+    LayerKind,
+    LoraTarget,
+    LossKind,
+    Recompute,
+    StateDtype,
+)  # fmt: skip
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 
@@ -97,16 +108,12 @@ class DataConfig(Section):
     split: str = "train"
     sources: tuple[DataSource, ...] = Field(default=(), strict=False)  # in place of files and hub
     template: str = ""  # a chat template of Jinja: a tokenizer_config.json, or a .jinja; "": ours (data/formats.py)
+    render: DataRender = Field(default=DataRender.JSON, strict=False)
     seq_len: Positive = 512  # T
     held_out: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
     deduplicate: bool = True
     max_rows: Annotated[int, Field(ge=0)] = 0  # of each source; 0: all
     seed: Annotated[int, Field(ge=0)] = 0
-
-    @property
-    def chats_as_ours(self) -> bool:
-        """Whether the documents are conversations by the template of data/formats.py."""
-        return not self.template and all(part.format.is_chat for part in self.parts)
 
     @property
     def parts(self) -> tuple["DataConfig", ...]:
@@ -116,14 +123,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "DataConfig":
-        if bool(self.files) + bool(self.hub) + bool(self.sources) != 1:
-            raise ValueError("exactly one of files and hub, or else sources, must be given")
-        if wrong := [source.name for source in self.sources if bool(source.files) == bool(source.hub)]:
-            raise ValueError(f"sources: {wrong[0]}: exactly one of files and hub must be given")
-        if len({source.name for source in self.sources}) < len(self.sources):
-            raise ValueError("sources: two have the same name; rename one")
-        if self.template and not any(part.format.is_chat for part in self.parts):
-            raise ValueError(f'template is for conversations, and format is "{self.format}"; leave it out')
+        if fault := rules.fault(self):
+            raise ValueError(fault)
         return self
 
 

@@ -160,6 +160,11 @@ def _books(stage: str, counts: dict[str, Any]) -> Table:
         ),
         ("tokens", number(counts["tokens_in"]), _sum(tokens)),
     )
+    if records := counts.get("toon_records", 0):
+        before, after = counts["json_tokens"], counts["toon_tokens"]
+        left = f"; {counts['toon_kept']:,} stayed JSON" if counts["toon_kept"] else ""
+        saved = f"{after:,} tokens in place of {before:,}: {100 * (after - before) / before:+.1f} %{left}"
+        rows += (("JSON records as TOON", number(records), saved),)
     for name, part in counts.get("sources", {}).items():
         kept = {"used": part["used"], "rejected": sum(part["rejected"].values()), "duplicates": part["duplicates"]}
         what = f"{name}, weight {part['weight']:g}"

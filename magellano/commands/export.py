@@ -28,9 +28,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import time
 
     from magellano.commands.chosen import Chosen
+    from magellano.data import rules
 
     chosen = Chosen.find(args.run)
-    trained_on_chats = chosen.release is not None and chosen.release.profile.data.chats_as_ours
+    trained_on_chats = chosen.release is not None and rules.chats_as_ours(chosen.release.profile.data)
     if args.to == "peft":
         return _peft(chosen, args.folder)
     from magellano import export

@@ -68,6 +68,15 @@ class Session:
     sampling: "Sampling"
     start: "Context"  # where a prompt goes on: the start of a document, or the state that was given
     template: str = ""  # the chat template of the training data, where it is not ours
+    toon: bool = False  # whether the prompts that it was trained on have their JSON records in TOON
+
+    def encoded(self, text: str) -> list[int]:
+        """The tokens of a prompt, its JSON records as in training."""
+        if self.toon:
+            from magellano.data.toon import rendered
+
+            text, _ = rendered(text)
+        return self.tokenizer.encode(text)
 
     def heard(self) -> Callable[[int, str], None]:
         """Writes pieces of text as they are made, unless --json wants one object."""
@@ -82,6 +91,7 @@ class Session:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from magellano.errors import InputError
+    from magellano.names import DataRender
     from magellano.sampling import Sampling
 
     penalty = args.repetition_penalty
@@ -104,7 +114,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         start = generate.begin(model, tokenizer.end_of_text)
     template = "" if chosen.release is None else chosen.release.profile.data.template
-    session = Session(args, model, tokenizer, sampling, start, template)
+    toon = chosen.release is not None and chosen.release.profile.data.render is DataRender.TOON
+    session = Session(args, model, tokenizer, sampling, start, template, toon)
     way = _chat if args.chat else _many if args.prompts is not None else _one
     facts, end = way(session)
     if args.save_state:
@@ -120,7 +131,7 @@ def _one(session: Session) -> tuple[dict[str, Any], "Context"]:
     prompt = sys.stdin.buffer.read(PROMPT_BYTES + 1) if args.stdin else args.prompt.encode("utf-8", "surrogateescape")
     text = _utf8(prompt, "standard input" if args.stdin else "--prompt")
     started = time.perf_counter()
-    read = session.start.extended(model, tokenizer.encode(text))
+    read = session.start.extended(model, session.encoded(text))
     prefill = time.perf_counter()
     (made,) = complete(model, tokenizer, [read], args.max_tokens, session.sampling, args.stop, heard=session.heard())
     facts = {"prompt": text, **_facts(made), "seconds": time.perf_counter() - started}
@@ -140,7 +151,7 @@ def _many(session: Session) -> tuple[dict[str, Any], "Context"]:
     started = time.perf_counter()
     for first in range(0, len(texts), args.batch):
         group = texts[first : first + args.batch]
-        contexts = [session.start.extended(model, tokenizer.encode(text)) for text in group]
+        contexts = [session.start.extended(model, session.encoded(text)) for text in group]
         for text, one in zip(
             group,
             complete(model, tokenizer, contexts, args.max_tokens, session.sampling, args.stop, first),
@@ -181,6 +192,7 @@ def prompts(path: Path) -> list[str]:
 
 def _chat(session: Session) -> tuple[dict[str, Any], "Context"]:
     from magellano.completion import Chat
+    from magellano.data import toon
     from magellano.data.formats import Role
     from magellano.errors import InputError
 
@@ -196,7 +208,7 @@ def _chat(session: Session) -> tuple[dict[str, Any], "Context"]:
         messages.append({"role": "system", "content": args.system})
     started = time.perf_counter()
     for turn in _turns():
-        chat.say(Role.USER, turn)
+        chat.say(Role.USER, toon.rendered(turn)[0] if session.toon else turn)
         made = chat.answer(args.max_tokens, session.sampling, args.stop, session.heard())
         if not args.json:
             print(flush=True)

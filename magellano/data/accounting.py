@@ -25,6 +25,11 @@ class Accounting:
     split: int = 0  # documents longer than a row, cut in pieces
     padding: int = 0  # positions that hold no token
 
+    toon_records: int = 0  # JSON records of prompts that became TOON, with their tokens before and after
+    toon_kept: int = 0  # that stayed JSON, for TOON would not have given them back equal
+    json_tokens: int = 0
+    toon_tokens: int = 0
+
     def check(self) -> None:
         """AssertionError where a row or a token is unaccounted for."""
         rows = self.used + self.duplicates + self.rejected.total()

@@ -14,8 +14,8 @@ which counts, and what the tool answered is ### Tool:.
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,15 +65,24 @@ class Document:
     source: int = 0  # number of the source that it comes from
 
 
-def segments(row: dict[str, Any], format: DataFormat, template: Template | None = None) -> list[Segment]:
-    """The segments of a row that `schema` has found valid. Raises Unfit for a conversation that `template` refuses."""
+def segments(
+    row: dict[str, Any],
+    format: DataFormat,
+    template: Template | None = None,
+    render: Callable[[str], str] = lambda text: text,
+) -> list[Segment]:
+    """The segments of a row that `schema` has found valid; `render` is applied to what the assistant does not say.
+    Raises Unfit for a conversation that `template` refuses.
+    """
     match format:
         case DataFormat.TEXT:
             return [Segment(row["text"], counts=True, ends=True)]
         case DataFormat.COMPLETIONS:
-            return [Segment(row["prompt"], counts=False), Segment(row["completion"], counts=True, ends=True)]
+            return [Segment(render(row["prompt"]), counts=False), Segment(row["completion"], counts=True, ends=True)]
         case _:
             said = conversation(row, format)
+            turns = (m if m.role is Role.ASSISTANT else replace(m, content=render(m.content)) for m in said.messages)
+            said = replace(said, messages=tuple(turns))
             return told(said) if template is None else [Segment(*part) for part in template.parts(said)]
 
 

@@ -1,7 +1,7 @@
 """Several data sets in the proportions of their weights.
 
 A weight is a share of the rows of an epoch, so nearly of its tokens. An epoch is as long as it takes to see every row
-of every source: the source with most rows for its weight is seen once, the others are repeated, and nothing is left out.
+of every source: the source with most rows for its weight is seen once, the others are repeated; none is left out.
 """
 
 from collections.abc import Sequence

@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from magellano.data import formats, mixing, readers, schema, shards, splitting
+from magellano.data import formats, mixing, readers, schema, shards, splitting, toon
 from magellano.data.accounting import Accounting
 from magellano.data.formats import Document
 from magellano.data.packing import Packer, Piece, pieces
 from magellano.data.splitting import Split
 from magellano.data.template import Template, Unfit
 from magellano.errors import InputError
+from magellano.names import DataRender
 from magellano.profile import DataConfig
 from magellano.progress import Progress
 from magellano.tokenizer import RANKS_SHA256, Tokenizer
 
 REJECTS = "rejects.jsonl"
 SHARD_TOKENS = 8_000_000  # positions in a shard: 48 MB on disk, and what is in memory of each split
+_Said = tuple[list[formats.Segment], list[toon.Record]]
 
 
 def run(
@@ -99,20 +101,27 @@ class _Reader:
                 f"all {count} rows are rejected, the first: {self._first_reject}; correct the data or data.format"
             )
 
-    def _valid(self, chunk: readers.Chunk) -> Iterator[list[formats.Segment]]:
-        """What the rows say that the schema, and the chat template if there is one, take."""
+    def _valid(self, chunk: readers.Chunk) -> Iterator[_Said]:
+        """What the rows say that the schema, and the chat template if there is one, take, and their records."""
         format = self._formats[chunk.source]
         bad = {reject.row: reject for reject in schema.validate(chunk.rows, format)}
         for index, row in enumerate(chunk.rows):
             if reject := bad.get(index):
                 self._reject(chunk, index, reject.column, str(reject.reason))
                 continue
+            records: list[toon.Record] = []
+
+            def render(text: str, records: list[toon.Record] = records) -> str:
+                text, found = toon.rendered(text) if self._data.render is DataRender.TOON else (text, [])
+                records += found
+                return text
+
             try:
-                parts = formats.segments(row, format, self._template)
+                parts = formats.segments(row, format, self._template, render)
             except Unfit as e:
                 self._reject(chunk, index, formats.COLUMNS[format][0], str(e))
                 continue
-            yield parts
+            yield parts, records
 
     def _reject(self, chunk: readers.Chunk, index: int, column: str, reason: str) -> None:
         self._own[chunk.source].rejected[f"{column} {reason}"] += 1
@@ -120,18 +129,25 @@ class _Reader:
         self._rejects.write(json.dumps(where, ensure_ascii=False) + "\n")
         self._first_reject = self._first_reject or f"{chunk.file}: row {chunk.numbers[index]}: {column} {reason}"
 
-    def _distinct(
-        self, source: int, rows: Iterable[list[formats.Segment]]
-    ) -> Iterator[tuple[bytes, list[formats.Segment]]]:
+    def _distinct(self, source: int, rows: Iterable[_Said]) -> Iterator[tuple[bytes, list[formats.Segment]]]:
         """Each row's segments with its content's digest, without those seen before if the profile says so."""
-        for parts in rows:
+        for parts, records in rows:
             digest = formats.digest(parts)
             if self._data.deduplicate and digest in self._seen:
                 self._own[source].duplicates += 1
                 continue
             if self._data.deduplicate:
                 self._seen.add(digest)
+            self._weigh(self._own[source], records)
             yield digest, parts
+
+    def _weigh(self, books: Accounting, records: list[toon.Record]) -> None:
+        made = [record for record in records if record.toon]
+        books.toon_records += len(made)
+        books.toon_kept += len(records) - len(made)
+        tokens = self._tokenizer.encode_many([text for record in made for text in (record.json, record.toon)])
+        books.json_tokens += sum(map(len, tokens[::2]))
+        books.toon_tokens += sum(map(len, tokens[1::2]))
 
     def _tokenize(self, source: int, rows: Iterator[tuple[bytes, list[formats.Segment]]]) -> Iterator[Document]:
         """A chunk is encoded at once: threads share the work."""
