@@ -3,12 +3,15 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from magellano import cli, generate
+from magellano.commands.chosen import Chosen
 from magellano.model import MagellanoLM
+from magellano.profile import DataConfig
 from magellano.sampling import Sampling
 from magellano.tokenizer import Tokenizer
 from tests import models
@@ -152,3 +155,38 @@ def test_a_conversation_goes_on_from_its_state(
 def test_what_does_not_go_together(argv: list[str], told: str, made: tuple[str, MagellanoLM], capsys: Any):
     assert cli.main(["generate", made[0], *argv]) == 2
     assert told in capsys.readouterr().err
+
+
+class Trained:
+    """What `Chosen.find` gives for a release trained on such data."""
+
+    def __init__(self, model: MagellanoLM, **data: Any):
+        self.folder, self.folders, self._model = Path("release"), [], model
+        profile = SimpleNamespace(data=DataConfig(format="chat", files=("a",), **data))
+        self.release = SimpleNamespace(profile=profile)
+
+    def model(self) -> MagellanoLM:
+        return self._model
+
+    def tokenizer(self) -> Tokenizer:
+        return TOKENIZER
+
+
+def test_prompts_are_rendered_as_in_training(
+    made: tuple[str, MagellanoLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("toon_format", reason="pip install -r requirements.lock")
+    folder, model = made
+    monkeypatch.setattr(Chosen, "find", lambda run: Trained(model, render="toon"))
+    facts = call(capsys, folder, "--prompt", '{"a": [1, 2]}', "--max-tokens", "6")
+    assert facts["text"] == expected(model, "a[2]: 1,2", 6)
+    assert facts["text"] != expected(model, '{"a": [1, 2]}', 6)
+
+
+def test_a_chat_by_another_template_is_refused(
+    made: tuple[str, MagellanoLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder, model = made
+    monkeypatch.setattr(Chosen, "find", lambda run: Trained(model, template="theirs.jinja"))
+    assert cli.main(["generate", folder, "--chat"]) == 2
+    assert "trained on conversations by theirs.jinja" in capsys.readouterr().err
