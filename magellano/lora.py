@@ -52,10 +52,16 @@ def attach(model: MagellanoLM, lora: LoraConfig, tensors: dict[str, mx.array]) -
                     f"adapter: {name} should have shape {shape}, found {found}; attach it to the model it was made for"
                 )
         module = find(model, path)
-        module.attach(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], lora.alpha / lora.rank_of(_target(spec)))
+        module.attach(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], scale(lora, _target(spec)))
         module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
     if extra := sorted(set(tensors) - expected):
         raise InputError(f"adapter: {extra[0]} belongs to no target of this model; {len(extra)} such tensors")
+
+
+def scale(lora: LoraConfig, target: LoraTarget) -> float:
+    """s in W + s B A. With alpha / sqrt(rank) the step does not shrink as the rank grows."""
+    rank = lora.rank_of(target)
+    return lora.alpha / (math.sqrt(rank) if lora.rslora else rank)
 
 
 def find(model: MagellanoLM, path: str) -> Adapted:
@@ -85,6 +91,7 @@ def save(folder: Path, config: ModelConfig, lora: LoraConfig, tensors: dict[str,
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
         "target_modules": ["lm_head" if t == "head" else str(t) for t in lora.targets],
         "rank_pattern": {"lm_head" if t == "head" else str(t): r for t, r in lora.ranks.items()},
         "alpha_pattern": {"lm_head" if t == "head" else str(t): lora.alpha for t in lora.ranks},

@@ -59,7 +59,7 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
             seeded = profile.base.source is BaseSource.SEEDED
             return {"model": profile.model, "quantize": profile.quantize, "seed": profile.base.seed if seeded else None}
         case Stage.ATTACH_LORA:
-            return {"lora": profile.lora}
+            return {"lora": profile.lora.model_dump(mode="json", exclude=set() if profile.lora.rslora else {"rslora"})}
         case Stage.TRAIN:
             return {"train": profile.train} | _loss(profile)
         case Stage.CHECKPOINT:

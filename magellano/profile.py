@@ -139,6 +139,7 @@ class LoraConfig(Section):
 
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    rslora: bool = False  # alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)
     targets: tuple[Target, ...] = Field(default=tuple(LoraTarget), strict=False)
     ranks: dict[Target, Positive] = Field(default_factory=dict, strict=False)  # where a target's rank differs
     seed: Annotated[int, Field(ge=0)] = 0
@@ -151,9 +152,7 @@ class LoraConfig(Section):
         if not self.targets:
             raise ValueError("targets is empty: nothing would train")
         if extra := set(self.ranks) - set(self.targets):
-            raise ValueError(
-                f"ranks names {sorted(map(str, extra))}, not among targets; add them there or drop them here"
-            )
+            raise ValueError(f"ranks names {sorted(map(str, extra))}, not among targets; add or drop them")
         return self
 
 

@@ -457,7 +457,9 @@ def changed(stage: Stage, override: str, value: object) -> bool:
     [
         ("train.steps", 77, {Stage.TRAIN}),
         ("lora.rank", 3, {Stage.ATTACH_LORA}),
+        ("lora.rslora", True, {Stage.ATTACH_LORA}),
         ("data.seq_len", 64, {Stage.TOKENIZE}),
+        ("data.render", "toon", {Stage.TOKENIZE}),
         ("data.files", ["elsewhere.jsonl"], set()),  # the content counts
         ("model.d_ff", 64, {Stage.PRETRAIN, Stage.QUANTIZE}),
         ("base.seed", 5, {Stage.PRETRAIN}),

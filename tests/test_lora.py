@@ -52,6 +52,27 @@ def merged(spec: ParamSpec) -> mx.array:
     return w + LORA.alpha / LORA.rank_of(spec.target) * (b @ a)
 
 
+def test_rslora_scales_by_the_root_of_each_rank(tmp_path: Path) -> None:
+    rooted = LORA.model_copy(update={"rslora": True})
+    assert lora.scale(rooted, LoraTarget.IN_PROJ) == 12.0 / 2.0
+    assert lora.scale(rooted, LoraTarget.X_PROJ) == pytest.approx(12.0 / 2.0**0.5)
+    lora.save(tmp_path, SMALL, rooted, trained())
+    assert json.loads((tmp_path / lora.CONFIG).read_text())["use_rslora"] is True
+    settings, tensors = lora.load(tmp_path, SMALL)
+    assert settings == rooted
+    model, plain = MagellanoLM(SMALL, dense), MagellanoLM(SMALL, dense)
+    lora.attach(model, settings, tensors)
+    times = {t: lora.scale(rooted, t) / lora.scale(LORA, t) for t in LoraTarget}  # the same by larger B
+    larger = {}
+    for spec in (spec for spec in parameters(SMALL) if spec.target is not None):
+        path = lora.module_path(spec)
+        larger |= {f"{path}.lora_a": tensors[f"{path}.lora_a"]}
+        larger |= {f"{path}.lora_b": times[spec.target] * tensors[f"{path}.lora_b"]}
+    lora.attach(plain, LORA, larger)
+    wanted = plain(TOKENS)
+    assert float(mx.abs(model(TOKENS) - wanted).max() / mx.abs(wanted).max()) < 1e-5
+
+
 @pytest.mark.parametrize("source", [dense, quantized])
 def test_adapter_equals_the_merged_weights(source) -> None:
     model = MagellanoLM(SMALL, source)
