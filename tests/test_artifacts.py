@@ -3,17 +3,14 @@
 import errno
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from magellano import artifacts, durable, pipeline
+from magellano import artifacts, pipeline
 from magellano.artifacts import ASIDE, MANIFEST, ArtifactRef, Built, Store, stage_key
 from magellano.errors import DiskFull
 from magellano.names import METRICS, LoraTarget, Stage
@@ -273,6 +270,7 @@ def test_work_stays_after_a_failure_and_goes_after_the_commit(store):
     assert not (store.home / "work" / STAGE / KEY).exists()
 
 
+<<<<<<< HEAD
 def test_work_left_by_a_kill_right_after_the_commit_goes_with_the_next_use(store):
     build(store, Maker())
     (store.work(STAGE, KEY) / "step-1").write_text("state")
@@ -413,6 +411,8 @@ def test_a_living_builder_is_left_alone(store):
     assert living.communicate(timeout=60)[0].split()[1] == "False"
 
 
+=======
+>>>>>>> helper-k
 def test_keys_are_stable_and_depend_on_everything():
     ref = ArtifactRef(stage=Stage.TRAIN, key="k", digest="d", bytes=1)
     arguments = (Stage.TRAIN, 1, {"lr": 1e-3, "targets": (LoraTarget.W1,), "x": None}, {"a": ref, "b": "e"})
