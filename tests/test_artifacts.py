@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from magellano import artifacts, pipeline
+from magellano import artifacts, durable, pipeline
 from magellano.artifacts import ASIDE, MANIFEST, ArtifactRef, Built, Store, stage_key
 from magellano.errors import DiskFull
 from magellano.names import METRICS, LoraTarget, Stage
