@@ -10,13 +10,15 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from magellano import report
 from magellano.artifacts import ArtifactRef, Store
 from magellano.names import Stage
-from tasks import background
+from tasks import background, settings
 
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(([\w.-]+\.png)\)")
 
 
 def stage_artifacts(store: Store, ref: ArtifactRef, reused: bool) -> None:
-    """Store the stage's table, its Markdown pages and its pictures with the current task run."""
+    """Store the stage's table, its Markdown pages and its pictures with the current task run, where people look."""
+    if not settings.watched():
+        return
     folder, stage = store.path(ref), ref.stage.replace("_", "-")
     rows = facts_table(store.manifest(ref)["summary"], ref, folder, reused)
 
@@ -33,7 +35,9 @@ def stage_artifacts(store: Store, ref: ArtifactRef, reused: bool) -> None:
 
 
 def run_report(run: dict[str, Any]) -> None:
-    """Store what a run came to (see magellano.report.run_markdown) with the current flow run."""
+    """Store what a run came to (see magellano.report.run_markdown) with the current flow run, where people look."""
+    if not settings.watched():
+        return
     folder = next((Path(s["path"]) for s in run["stages"] if s["stage"] == Stage.EVALUATE), None)
     text, _ = _with_pictures(report.run_markdown(run), folder) if folder else (report.run_markdown(run), set())
 
