@@ -19,7 +19,7 @@ test: lint
 
 # Against the real packages that models are exchanged with, which are no dependency (the extra `exchange`).
 peers: .venv/peers
-	@$(PY) -m pytest tests/peers
+	@$(PY) -m pytest tests/peers tests/test_examples.py
 
 .venv/peers: .venv/installed requirements-peers.lock
 	@$(PIP) install --no-deps --require-hashes -r requirements-peers.lock

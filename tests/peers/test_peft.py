@@ -49,10 +49,11 @@ def logits(model: Any) -> np.ndarray:
         return model(torch.from_numpy(TOKENS)).logits.numpy()
 
 
-def test_our_adapter_runs_in_peft(base: Path):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_our_adapter_runs_in_peft(rslora: bool, base: Path):
     ours = loader.load_model(base / "ours", "float32")
     plain = np.array(ours(mx.array(TOKENS)))
-    settings = LoraConfig(rank=4, alpha=12.0, targets=("in_proj", "x_proj"), ranks={"x_proj": 2})
+    settings = LoraConfig(rank=4, alpha=12.0, targets=("in_proj", "x_proj"), ranks={"x_proj": 2}, rslora=rslora)
     tensors = models.adapter(ours.config, settings)
     (base / "adapter").mkdir()
     peft_adapter.write(base / "adapter", ours.config, settings, tensors, str(base / "theirs"))
