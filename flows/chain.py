@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect.runtime import flow_run
 
+from flows import names
 from magellano import gate as gates
 from magellano import gc, ledger, lineage, nightly, pipeline
 from magellano.artifacts import ArtifactRef
@@ -57,6 +58,7 @@ class Chain:
     def __enter__(self) -> "Chain":
         self.run = ledger.Run(flow_run.flow_name, self.profile, str(flow_run.id), self._asked)
         self.run.__enter__()
+        names.number(self.run.record.number)
         return self
 
     def __exit__(

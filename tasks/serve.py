@@ -64,7 +64,7 @@ def main() -> None:
         (b"referrer-policy", b"no-referrer"),
     ]
     uvicorn.run(
-        Guarded(create_app(final=True), headers),  # type: ignore[arg-type]
+        Guarded(create_app(final=True), headers),
         host=settings.api.host, port=settings.api.port, log_level="warning", lifespan="on",
         timeout_graceful_shutdown=5, server_header=False,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
-from tests.flows.site import POOL, Site, wait
+from tests.flows.site import POOL, Site, Up, wait
 
 TINY = """
 [model]
@@ -89,4 +89,21 @@ def client(site: Site) -> Iterator[SyncPrefectClient]:
         template = ProcessWorker.get_default_base_job_template()
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
         site.prefect("deploy", "--all")
+        yield client
+
+
+@pytest.fixture(scope="package")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A site that `magellano up` has started; `magellano down` ends it."""
+    up = Up(tmp_path_factory.mktemp("up"))
+    try:
+        up.magellano("up")
+        yield up
+    finally:
+        up.magellano("down")
+
+
+@pytest.fixture
+def api(up: Up) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: up.url}), get_client(sync_client=True) as client:
         yield client
