@@ -118,9 +118,11 @@ class Browser:
         deadline = time.monotonic() + seconds
         script = f"""(e => {{ if (!e) return null; e.scrollIntoView({{block: 'center'}});
             const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; }})({find})"""
-        while not (at := self.evaluate(script)):
+        at = before = None
+        while not at or at != before:  # it stands still: a page that still grows would be clicked beside it
             assert time.monotonic() < deadline, f"nothing to click: {wanted!r} {selector}\n{self.text()[:3000]}"
-            time.sleep(0.5)
+            time.sleep(0.3)
+            before, at = at, self.evaluate(script)
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             button = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
             self.call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], **button)

@@ -69,6 +69,12 @@ def state(api: SyncPrefectClient, run: UUID) -> str:
     return found.name
 
 
+def shown(browser: Browser, name: str, seconds: float = 60) -> None:
+    """Until the run's page shows this state."""
+    badge = "(document.querySelector('.state-badge') || {innerText: ''}).innerText.trim()"
+    wait(f"{name} on the page", lambda: browser.evaluate(badge) == name, seconds)
+
+
 def test_the_deployments_are_seen(browser: Browser, up: Up) -> None:
     browser.open(f"{up.ui}/deployments")
     text = browser.wait("At 02:30 AM every day")
@@ -81,7 +87,7 @@ def test_a_run_from_the_form_is_watched_to_its_end_and_its_artifacts_are_opened(
 ) -> None:
     run = start(browser, up, api, SHORT | {"train.steps": 3}, "form")
     browser.wait("#1", 120)  # the run's name once it lives
-    browser.wait("Completed", 300)
+    shown(browser, "Completed", 300)
     keep(browser, "run")
     assert set(tasks(api, run).values()) == {"Completed"}
     of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
@@ -91,12 +97,12 @@ def test_a_run_from_the_form_is_watched_to_its_end_and_its_artifacts_are_opened(
     assert wanted <= artifacts.keys()
     for key, artifact in artifacts.items():
         browser.open(f"{up.ui}/artifacts/artifact/{artifact.id}")
-        shown = {
+        part = {
             "run-report": "What was made from what",
             "train-facts": "target_tokens",
             "evaluate-report": "perplexity",
         }
-        browser.wait(shown.get(key, key))
+        browser.wait(part.get(key, key))
         if key == "run-report":
             assert int(browser.evaluate(WHOLE_PICTURES)) >= 2, "its pictures are drawn"
             keep(browser, key)
@@ -120,7 +126,7 @@ def test_a_failed_run_is_retried_from_its_finished_stages(browser: Browser, up: 
     shelf.write_text("in the way")
     run = start(browser, up, api, SHORT | {"train.steps": 4})
     wait("its end", lambda: state(api, run) == "Failed", 300)
-    browser.wait("Failed")
+    shown(browser, "Failed")
     keep(browser, "failed")
     shelf.unlink()
     if aside.exists():
@@ -135,21 +141,20 @@ def test_a_failed_run_is_retried_from_its_finished_stages(browser: Browser, up: 
     assert found["train"] in ("Cached", "Completed")
     trained = list((up.home / "artifacts" / Stage.TRAIN).glob("*/manifest.json"))
     assert sum(json.loads(m.read_text())["config"]["train"]["steps"] == 4 for m in trained) == 1, "not trained again"
-    browser.wait("Completed")
+    shown(browser, "Completed")
 
 
 def test_a_run_is_cancelled_and_its_training_is_saved(browser: Browser, up: Up, api: SyncPrefectClient) -> None:
     run = start(browser, up, api, SHORT | {"train.steps": 100_000, "train.checkpoint_every": 100_000})
     work = up.home / "work" / Stage.TRAIN
     wait("its training", lambda: list(work.glob("*/metrics.jsonl")), 240)
-    browser.wait("Running")
+    shown(browser, "Running")
     keep(browser, "running")
-    browser.click(None, "button.p-button--outline.w-10")
-    browser.click("Cancel")
+    browser.click("Cancel", "button")
     browser.wait("Cancel Flow Run")
-    browser.click(None, ".p-modal__footer button.p-button--danger, .p-modal button.p-button--danger")
+    browser.click(None, ".p-modal button[class*=danger], [role=dialog] button[class*=danger]")
     wait("its end", lambda: state(api, run) == "Cancelled", 120)
-    browser.wait("Cancelled")
+    shown(browser, "Cancelled")
     keep(browser, "cancelled")
     steps = [int(p.name.removeprefix("step-")) for p in work.glob("*/step-*")]
     assert max(steps) > 0, "it was saved where it stood"
