@@ -26,8 +26,9 @@ def inside(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
     for client in (httpx.Client, httpx.AsyncClient):
         _count(client, calls)
     begun = time.process_time()
-    from flows.train import train
+    from magellano.commands.train import load_flow
 
+    train = load_flow("train")
     imported, started = time.process_time(), time.perf_counter()
     result = train(profile=profile, overrides=overrides)
     return {
