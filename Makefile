@@ -1,4 +1,4 @@
-# make demo | make test | make torture | make setup | make lint. `demo` and `test` set up what they need; a second call sets up nothing.
+# make demo | make test | make peers | make torture | make setup | make lint. Each sets up what it needs; a second call sets up nothing.
 PY := .venv/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check --no-input
 
@@ -7,7 +7,7 @@ PYTHON_IS_FIT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.versio
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
 	$(shell $(p) -c '$(PYTHON_IS_FIT)' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: setup demo up down test torture lint format clean
+.PHONY: setup demo up down test peers torture lint format clean
 
 setup: .venv/installed
 
@@ -23,6 +23,14 @@ down: setup
 
 test: lint
 	@$(PY) -m pytest
+
+# Against the real packages that models are exchanged with, which are no dependency (the extra `exchange`).
+peers: .venv/peers
+	@$(PY) -m pytest tests/peers
+
+.venv/peers: .venv/installed requirements-peers.lock
+	@$(PIP) install --no-deps --require-hashes -r requirements-peers.lock
+	@touch $@
 
 # Half an hour or more: kills, injected faults, damage, no network. A share of it is among the tests.
 torture: setup

@@ -166,7 +166,12 @@ class Store:
         return _ref(manifest)
 
     def _drop_work(self, stage: Stage, key: str) -> None:
-        shutil.rmtree(self.home / "work" / stage / key, ignore_errors=True)
+        work = self.home / "work" / stage / key
+        gone = work.with_name(durable.TEMPORARY + key)
+        shutil.rmtree(gone, ignore_errors=True)
+        if work.exists():
+            work.rename(gone)  # a kill must not leave half of a checkpoint under its name
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _folder(self, stage: Stage, name: str) -> Path:
         return self.home / "artifacts" / stage / name

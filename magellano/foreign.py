@@ -54,6 +54,8 @@ def read(folder: Path) -> Foreign:
     """The model in `folder`, its config checked and no tensor read. InputError where it is none that we have."""
     path = folder / loader.CONFIG
     data = files.read_json(path, REMEDY)
+    if "mamba_moe_layers" in data:
+        raise InputError(f"{path}: a BlackMamba, whose sigmoid gates and gated experts are not known here yet")
     kind = data.get("model_type")
     if kind not in KINDS:
         raise InputError(f"{path}: model_type {files.shown(kind)} is not one of {', '.join(KINDS)}; {REMEDY}")

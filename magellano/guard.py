@@ -14,10 +14,13 @@ changes where it ends.
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from magellano.backend import mx
 from magellano.errors import Diverged
 
 IN_A_ROW = 3
@@ -25,6 +28,9 @@ HALVINGS = 10  # steps in a row that a dynamic loss scale may overflow
 SPIKE, WINDOW, AT_LEAST = 10.0, 32, 8  # times the median of so many losses; fewer than AT_LEAST tell nothing
 LEAST_MEDIAN = 0.1  # nats a token; below it a loss that jumps tenfold is a rare token, not a training gone wrong
 ROLLBACKS = 8
+_EXPONENT = {  # the bits that are all 1 in infinity and NaN alone
+    mx.float32: (mx.uint32, 0x7F800000), mx.float16: (mx.uint16, 0x7C00), mx.bfloat16: (mx.uint16, 0x7F80),
+}  # fmt: skip
 
 
 class NotFinite(FloatingPointError):
@@ -97,6 +103,18 @@ class Guard:
         self.rollbacks.append({"step": trouble.steps[-1], "why": trouble.why, "passed": passed})
         self.passed = sorted(known | new)
         return min(new) - 1
+
+
+def all_finite(arrays: Iterable[mx.array]) -> bool:
+    """Whether every number in `arrays` is finite. By their bits: on a CPU MLX's isfinite takes thirty times as long for
+    16-bit floats. One wait on a GPU.
+    """
+    found = [mx.array(False)]
+    for a in arrays:
+        if a.size and a.dtype in _EXPONENT:
+            bits, mask = _EXPONENT[a.dtype]
+            found.append((a.reshape(-1).view(bits) & mx.array(mask, dtype=bits)).max() == mask)
+    return not np.array(mx.stack(found)).any()
 
 
 def _listed(steps: list[int]) -> str:

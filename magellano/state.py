@@ -11,6 +11,7 @@ clock.
 The last two stay, and the best: the one with the lowest "held_out_loss" in its seal, which stands nowhere else.
 """
 
+import errno
 import logging
 import os
 import re
@@ -105,7 +106,7 @@ def forget_after(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps: the training was set back, and will not pass through them again."""
     for path in by_step(folder):
         if _step(path) > step:
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -118,12 +119,12 @@ def remove_leftovers(folder: Path) -> None:
 def _write(path: Path, tensors: dict[str, mx.array]) -> None:
     try:
         mx.save_safetensors(str(path), tensors)
-    except RuntimeError:  # MLX does not say why a write failed, but the next one does
+    except RuntimeError as e:  # MLX does not say why a write failed, but the next one does, if it fails too
         with open(path, "ab") as f:
             f.write(bytes(1 << 16))
             f.flush()
             os.fsync(f.fileno())
-        raise
+        raise OSError(errno.EIO, f"a write failed: {e}", str(path)) from e
     with headers.checked(path):  # whole: as long as its header says
         pass
 
@@ -138,7 +139,15 @@ def _rotate(folder: Path, newest: Path) -> None:
         if sound < KEPT:
             sound += _sound(path)
         elif top is None or path != top[0]:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Out of sight first: whoever dies meanwhile leaves nothing half under its name."""
+    gone = path.with_name(f"{durable.TEMPORARY}gone-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _read(path: Path) -> Found:

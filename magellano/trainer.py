@@ -20,7 +20,7 @@ from magellano.backend import compute_dtype, mx, tree_flatten, tree_unflatten
 from magellano.backprop import Backprop, Batch
 from magellano.data import shards
 from magellano.errors import Diverged, InputError, Stopped
-from magellano.guard import Guard, NotFinite, Trouble
+from magellano.guard import Guard, NotFinite, Trouble, all_finite
 from magellano.layout import parameters
 from magellano.metrics import Metrics, MetricsFile
 from magellano.model import MagellanoLM
@@ -183,8 +183,7 @@ class Trainer:
         Raises NotFinite, and writes nothing, where a parameter or a state of the optimiser is not finite.
         """
         tensors, moments = self.tensors(), dict(tree_flatten(self.optimizer.state))
-        finite = mx.stack([mx.isfinite(a).all() for a in (*tensors.values(), *moments.values())])
-        if not np.array(finite).all():
+        if not all_finite([*tensors.values(), *moments.values()]):
             raise NotFinite(f"the state after step {self.step} is not finite")
         facts = {
             "tokens": self.tokens,

@@ -10,14 +10,16 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from magellano import report, run_page
 from magellano.artifacts import ArtifactRef, Store
 from magellano.names import Stage
-from tasks import background
+from tasks import background, settings
 
 _links: dict[str, str] = {}  # of this process: addresses in the UI by an artifact's key with `facts` or `report`
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(([\w.-]+\.png)\)")
 
 
 def stage_artifacts(store: Store, ref: ArtifactRef, reused: bool) -> None:
-    """Store the stage's table, its Markdown pages and its pictures with the current task run."""
+    """Store the stage's table, its Markdown pages and its pictures with the current task run, where people look."""
+    if not settings.watched():
+        return
     folder, stage = store.path(ref), ref.stage.replace("_", "-")
     rows = facts_table(store.manifest(ref)["summary"], ref, folder, reused)
 
@@ -36,7 +38,9 @@ def stage_artifacts(store: Store, ref: ArtifactRef, reused: bool) -> None:
 
 
 def run_report(run: dict[str, Any]) -> None:
-    """Store what a run came to (see magellano.run_page) with the current flow run."""
+    """Store what a run came to (see magellano.run_page) with the current flow run, where people look."""
+    if not settings.watched():
+        return
     folder = next((Path(s["path"]) for s in run["stages"] if s["stage"] == Stage.EVALUATE), None)
     page = run_page.markdown(run, _links)
     text = _with_pictures(page, folder)[0] if folder else page

@@ -1,7 +1,7 @@
 """The server that Prefect starts for a process without PREFECT_API_URL ends with that process, however it ends.
 
 Prefect stops it at a clean exit alone: after a SIGKILL it would run on for good, one more each time. Here it gets a
-pipe that breaks with its owner. Prefect's start is repeated with one word changed; its version is pinned.
+pipe that breaks with its owner. Prefect's start is repeated with a few words changed; its version is pinned.
 """
 
 import importlib.abc
@@ -12,6 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+LOG = "server.log"  # of the last start, beside its database: a screen of SQL on a full disk hid our one line
 MODULE = "prefect.server.api.server"
 WATCHED = """
 import os, signal, sys, threading, time
@@ -62,13 +63,20 @@ def _start(self: Any) -> subprocess.Popen[Any]:
     from prefect.settings import get_current_settings
 
     settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    log = os.open(get_current_settings().home / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     own = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    try:
+        return _popen(self.port, {**os.environ, **own, **settings}, str(prefect.__module_path__.parent), log)
+    finally:
+        os.close(log)
+
+
+def _popen(port: int, environment: dict[str, str], folder: str, log: int) -> subprocess.Popen[Any]:
     return subprocess.Popen(
         [
-            sys.executable, "-c", WATCHED, "--app-dir", str(prefect.__module_path__.parent),
-            "--factory", f"{MODULE}:create_app", "--host", "127.0.0.1", "--port", str(self.port),
+            sys.executable, "-c", WATCHED, "--app-dir", folder,
+            "--factory", f"{MODULE}:create_app", "--host", "127.0.0.1", "--port", str(port),
             "--log-level", "error", "--lifespan", "on",
         ],
-        env={**os.environ, **own, **settings},
-        stdin=subprocess.PIPE,
+        env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log,
     )  # fmt: skip

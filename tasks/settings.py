@@ -49,6 +49,13 @@ def in_worker() -> bool:
     return "PREFECT__FLOW_RUN_ID" in os.environ
 
 
+def watched() -> bool:
+    """Whether a server is set that people look at. The database of a process's own would keep half a megabyte of
+    pictures a run that nobody sees and nothing removes.
+    """
+    return bool(os.environ.get("PREFECT_API_URL"))
+
+
 def results() -> Path:
     """Where Prefect keeps the stages' results: references, as JSON."""
     return artifacts.home() / "results"

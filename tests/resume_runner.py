@@ -67,7 +67,7 @@ def hook_saves(die_at: int | None, on_operation: Callable[[], None]) -> None:
 
     write, save = mx.save_safetensors, Trainer.save
     mx.save_safetensors = counted(write)
-    for name in ("fsync", "rename", "chmod"):
+    for name in ("fsync", "rename", "chmod", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
     shutil.rmtree = counted(shutil.rmtree)  # type: ignore[assignment]
     Path.write_text, Path.mkdir = counted(Path.write_text), counted(Path.mkdir)  # type: ignore[method-assign]

@@ -58,6 +58,7 @@ def test_a_rank_that_is_auto_and_what_may_be_left_out(tmp_path: Path):
     [
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"model_type": None}, "model_type None"),
+        ({"model_type": None, "mamba_moe_layers": ["r", "8"]}, "BlackMamba"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_bias": True}, "use_bias"),
         ({"use_bias": 0}, "use_bias"),

@@ -16,7 +16,7 @@ from magellano.backend import mx
 from magellano.backprop import Outcome
 from magellano.data import shards
 from magellano.errors import Diverged, ExitCode, Stopped
-from magellano.guard import AT_LEAST, HALVINGS, ROLLBACKS, WINDOW, Guard, Trouble
+from magellano.guard import AT_LEAST, HALVINGS, ROLLBACKS, WINDOW, Guard, Trouble, all_finite
 from magellano.names import Compute
 from magellano.profile import TrainConfig
 from magellano.trainer import Trainer, run_to_end
@@ -107,6 +107,25 @@ def test_no_more_than_so_many_times() -> None:
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_the_finite_are_told_by_their_bits(dtype: mx.Dtype) -> None:
+    largest = {mx.float32: 3.4028235e38, mx.float16: 65504.0, mx.bfloat16: 3.3895e38}[dtype]
+    good = [
+        mx.array([0.0, -0.0, 1.0, largest, -largest, 1e-7], dtype=dtype),
+        mx.zeros((0,)),
+        mx.array(7),
+        mx.array(1.5),
+    ]
+    assert np.isfinite(np.array(good[0].astype(mx.float32))).all()
+    assert all_finite(good)
+    for odd in (math.inf, -math.inf, math.nan):
+        for shape in ((), (3, 5)):
+            assert not all_finite([*good, mx.full(shape, odd, dtype=dtype)]), (odd, shape)
+        many = np.zeros((4, 100), np.float32)
+        many[2, 77] = odd
+        assert not all_finite([mx.array(many).astype(dtype).T])
+
+
 # what follows
 
 
@@ -185,6 +204,21 @@ def test_a_single_step_that_is_not_finite_is_no_reason_to_go_back(tokens: Path, 
     facts = run_to_end(trainer, tmp_path / "work", silent)
     assert (facts["rollbacks"], facts["skipped"]) == ([], 3)
     assert digest(trainer) == digest(without_batches(tokens, LONG, (6, 7, 10)))
+
+
+def test_checkpoints_behind_the_one_that_it_goes_back_to_are_forgotten(tokens: Path, tmp_path: Path) -> None:
+    """The update of step 12 is blamed at last, after which there was a checkpoint."""
+    trainer = poisoned(adapter_trainer(tokens, LONG), (13, 14), high_loss)
+    there = []
+
+    def look(done: int, total: int, **facts: float | str) -> None:
+        there.append((done, [path.name[-2:] for path in state.by_step(tmp_path / "work")]))
+
+    facts = run_to_end(trainer, tmp_path / "work", look)
+    assert [[batch["step"] for batch in event["passed"]] for event in facts["rollbacks"]] == [[13], [12, 14]]
+    assert [seen for done, seen in there if done == 9] == [["04", "08"], ["08"]]
+    assert [seen for done, seen in there if done == 16] == [["08", "15"]]
+    assert digest(trainer) == digest(without_batches(tokens, LONG, (12, 13, 14)))
 
 
 def broken(trainer: Trainer, after: int) -> Trainer:

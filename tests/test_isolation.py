@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magellano import artifacts, faults, isolation
+from magellano import artifacts, faults, isolation, loader, plan
+from magellano.backend import mx, on_gpu
 from magellano.data import shards
 from magellano.errors import Aborted, InputError, OutOfMemory
-from magellano.names import Fault, Stage
+from magellano.names import Fault, Recompute, Stage
 from magellano.profile import Profile, load_profile
 from magellano.progress import silent
 from magellano.report import read_metrics
 from magellano.stages import attach_lora, pretrain, quantize, train
+from magellano.trainer import Trainer
 from magellano.worker import FAULT
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +147,7 @@ def test_a_base_is_trained_so_too(bench: Bench, tmp_path: Path) -> None:
     assert (here / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["memory", "mlx", "metal"])
+@pytest.mark.parametrize("kind", ["mlx", "metal"])
 def test_out_of_memory_goes_on_with_smaller_micro_batches(
     bench: Bench, whole: Ended, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,6 +163,47 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches(
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(said) == 2
     assert "with micro-batches of 2 instead of 4, 2 of them a step: the same gradient" in said[0]
+
+
+def gradient(bench: Bench, adapter: Path, batch: int, accumulate: int) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and summed gradient of one step."""
+    config = bench.profile.train.model_copy(update={"batch": batch, "accumulate": accumulate})
+    model = loader.load_release(adapter, bench.folders[1], config.compute)
+    trainer, seen = Trainer(model, config, bench.folders[0], bench.profile.loss), {}
+    consume = trainer.optimizer.consume
+
+    def record(model: Any, grads: dict[str, Any], **how: Any) -> None:
+        seen.update({name: np.array(g.astype(mx.float32), np.float64) for name, g in grads.items()})
+        consume(model, grads, **how)
+
+    trainer.optimizer.consume = record  # type: ignore[method-assign]
+    return trainer.one_step().loss, seen
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 4)])
+def test_the_gradient_is_the_same_to_float32_rounding(bench: Bench, whole: Ended, sizes: tuple[int, int]) -> None:
+    (loss, expected), (other, found) = gradient(bench, whole.out, 4, 1), gradient(bench, whole.out, *sizes)
+    assert other == pytest.approx(loss, rel=5e-7)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.linalg.norm(value) > 0, name
+        assert np.linalg.norm(found[name] - value) < 3e-6 * np.linalg.norm(value), name
+
+
+def test_a_limit_that_the_profile_s_batch_breaks_is_kept_with_a_smaller_one(bench: Bench, tmp_path: Path) -> None:
+    """No fault is injected here: the plan of 4 rows is refused, that of 2 is not."""
+
+    least = bench.profile.train.model_copy(update={"loss_chunk": 1, "recompute": Recompute.ALWAYS})
+
+    def sized(batch: int) -> Profile:
+        return bench.profile.model_copy(update={"train": least.model_copy(update={"batch": batch})})
+
+    two, four = (plan.fine_tune(sized(batch), on_gpu()).total / plan.GIB for batch in (2, 4))
+    memory = bench.profile.memory.model_copy(update={"limit_gib": (two + four) / 2})
+    tight = Bench(bench.file, sized(4).model_copy(update={"memory": memory}), bench.folders)
+    facts = trained(tight, tmp_path).facts
+    assert (facts["batch"], facts["accumulate"], facts["resumed_from"]) == (2, 2, 0)
+    assert facts["faults"][0]["told"].startswith("profile tiny: training needs about")
 
 
 def test_where_one_row_does_not_fit_the_stage_fails_in_one_line(bench: Bench, tmp_path: Path) -> None:

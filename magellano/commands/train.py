@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 HELP = "fine-tune: tokenize, quantize, attach_lora, train, checkpoint, evaluate; finished stages are not run again"
 FLOW = "train"
+LEAST = 4 << 20  # bytes that the books of a run need, whatever its stages do
 STAGES = [stage.value for stage in Stage]
 
 
@@ -34,8 +35,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from magellano import artifacts, disk
+
     overrides = checked_overrides(args)
-    return load_flow(FLOW)(profile=args.profile, overrides=overrides, rerun=args.rerun)
+    flow = load_flow(FLOW)
+    with disk.told_when_full(artifacts.home(), need=LEAST):  # Prefect's own database may be what finds no room
+        return flow(profile=args.profile, overrides=overrides, rerun=args.rerun)
 
 
 def checked_overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tests.flows.site import POOL, SHORT, Site, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-SLOW = SHORT | {"train.steps": 24, "train.checkpoint_every": 3}  # half a second a step
+LONG = SHORT | {"train.steps": 200, "train.checkpoint_every": 5}
 BEFORE = {"tokenize", "tokenize for pretrain", "pretrain", "quantize", "attach_lora"}
 
 
@@ -83,7 +83,7 @@ def server(site: Site) -> None:
 @pytest.fixture
 def night(site: Site, client: SyncPrefectClient) -> Iterator[UUID]:
     """A deployment that is due every four seconds."""
-    given = {"stage": Stage.TRAIN, "profile": "demo", "overrides": SLOW}
+    given = {"stage": Stage.TRAIN, "profile": "demo", "overrides": LONG}
     parameters = [word for name, value in given.items() for word in ("--param", f"{name}={json.dumps(value)}")]
     site.prefect("deploy", "flows/stages.py:stages", "--name", "night", "--pool", POOL, "--interval", "4", *parameters)
     found = client.read_deployment_by_name("stages/night").id
@@ -94,23 +94,24 @@ def night(site: Site, client: SyncPrefectClient) -> Iterator[UUID]:
 def test_what_is_killed_is_made_good(
     site: Site, client: SyncPrefectClient, night: UUID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(site.env, FAULT, "sleep@*")
+    monkeypatch.setitem(site.env, FAULT, "sleep@*")  # half a second a step: it will not be done before it is killed
     site.stop_named("worker")
     worker(site)
 
     # The server and the worker are killed: the run lives on. Then it is killed too, and nobody is there to tell.
     first = wait("a run", lambda: [r for r in runs(client, night) if r.state and r.state.name == "Running"], 60)[0]
-    wait("its training", lambda: training(site, 3), 90)
+    wait("its training", lambda: training(site, 5), 90)
     process = flow_process(first.id)
     site.kill("worker")
     site.kill("server")
     server(site)
-    wait("the training beyond it", lambda: training(site, 9), 30)
+    wait("the training beyond it", lambda: training(site, 10), 60)
     os.kill(process, signal.SIGKILL)
     before, start = manifests(site), datetime.now(UTC)
     assert state(client, first.id) == "Running", "Prefect believes so"
 
     # Nights were missed. One run catches up, settles the books and continues the training.
+    monkeypatch.delitem(site.env, FAULT)
     worker(site)
 
     def caught_up() -> list[FlowRun]:
@@ -126,5 +127,5 @@ def test_what_is_killed_is_made_good(
     assert tasks(client, second.id) == dict.fromkeys(BEFORE, "Cached") | {"train": "Completed"}
     after = manifests(site)
     assert before.items() <= after.items(), "nothing is lost, nothing is built twice"
-    (trained,) = (m for m in after.values() if m["stage"] == Stage.TRAIN and m["config"]["train"]["steps"] == 24)
-    assert trained["summary"]["resumed_from"] >= 9
+    (trained,) = (m for m in after.values() if m["stage"] == Stage.TRAIN and m["config"]["train"]["steps"] == 200)
+    assert trained["summary"]["resumed_from"] >= 10

@@ -3,9 +3,13 @@
 import base64
 from pathlib import Path
 
+import pytest
+
+from magellano import report
 from magellano.artifacts import ArtifactRef
 from magellano.names import Stage
-from tasks.publish import facts_table, pages
+from tasks import background
+from tasks.publish import facts_table, pages, run_report
 
 REF = ArtifactRef(stage=Stage.TRAIN, key="k", digest="d", bytes=1234567)
 
@@ -37,3 +41,13 @@ def test_pictures_stand_inside_their_page_and_the_others_after(tmp_path: Path) -
 
 def test_no_pages_no_text(tmp_path: Path) -> None:
     assert pages(tmp_path) == ""
+
+
+def test_nothing_is_published_where_nobody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(background, "attempt", lambda what, work: asked.append(what))
+    monkeypatch.setattr(report, "run_markdown", lambda run: "a page")
+    for url, expected in (("", []), ("http://127.0.0.1:4200/api", ["the run's report"])):
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        run_report({"run": 1, "stages": []})
+        assert asked == expected

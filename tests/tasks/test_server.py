@@ -30,7 +30,7 @@ def test_the_server_is_started_as_prefect_would() -> None:
     """Every word of Prefect's command and every variable it sets stands in ours."""
     source = Path(inspect.getsourcefile(SubprocessASGIServer) or "").read_text(encoding="utf-8")
     theirs = source.split("def _run_uvicorn_command")[1].split("def stop")[0]
-    ours = inspect.getsource(server._start).replace("{MODULE}", server.MODULE)
+    ours = (inspect.getsource(server._start) + inspect.getsource(server._popen)).replace("{MODULE}", server.MODULE)
     words = set(re.findall(r'"([^"\s]+)"', theirs)) - {"-m", "uvicorn"}
     assert {"--factory", "PREFECT__SERVER_EPHEMERAL", "--lifespan"} <= words
     assert [word for word in words if f'"{word}"' not in ours and word not in ours] == []

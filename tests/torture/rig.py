@@ -299,7 +299,7 @@ def uninterrupted(folder: Path, marks: Marks) -> Reference:
 def unsound(home: Path) -> list[str]:
     """What stands under a final name, of artifacts and of checkpoints, and is not whole."""
     found = []
-    for folder in [*home.glob("artifacts/*/[!.]*"), *home.glob("work/*/*/step-*")]:
+    for folder in [*home.glob("artifacts/*/[!.]*"), *home.glob("work/*/[!.]*/step-*")]:
         seal = state.SEAL if folder.name.startswith("step-") else artifacts.MANIFEST
         if why := durable.damage(folder, seal):
             found.append(f"{folder.relative_to(home)}: {why}")

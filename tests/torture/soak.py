@@ -19,6 +19,7 @@ RUNS, WARM = 200, 10
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 RSS_GROWTH = 24 * MIB  # from the first runs to the last, allocators' and caches' noise included
+STORE = 2_000  # bytes in all: times of another length in the manifests
 RESULTS, RECORDS = 20_000, 300_000  # bytes a run that may stay: references to artifacts; Prefect's database
 
 
@@ -51,7 +52,7 @@ def judge(row: Row, seen: list[dict[str, Any]]) -> None:
     row.check(growth["rss"] < RSS_GROWTH, f"resident memory grew by {growth['rss'] / MIB:.1f} MiB")
     row.check(growth["handles"] <= 2, f"{growth['handles']} more file handles")
     row.check(growth["threads"] <= 2, f"{growth['threads']} more threads")
-    row.check(growth["store"] == 0, f"artifacts, locks and work grew by {growth['store']:,} bytes")
+    row.check(growth["store"] < STORE, f"artifacts, locks and work grew by {growth['store']:,} bytes")
     for key, most in (("results", RESULTS), ("database", RECORDS)):
         row.check(growth[key] / runs < most, f"Prefect's {key} grew by {growth[key] / runs:,.0f} bytes a run")
     row.check(growth["mlx"] < 4 * MIB, f"MLX's cache and live arrays grew by {growth['mlx']:,} bytes")
