@@ -109,6 +109,9 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 
 @pytest.fixture
-def api(up: Up) -> Iterator[SyncPrefectClient]:
+def api(up: Up) -> Iterator["SyncPrefectClient"]:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     with temporary_settings({PREFECT_API_URL: up.url}), get_client(sync_client=True) as client:
         yield client
