@@ -7,12 +7,19 @@ PYTHON_IS_FIT := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.versio
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,\
 	$(shell $(p) -c '$(PYTHON_IS_FIT)' >/dev/null 2>&1 && echo $(p))))
 
-.PHONY: setup demo test peers torture lint format clean
+.PHONY: setup demo up down test peers torture lint format clean
 
 setup: .venv/installed
 
 demo: setup
 	@.venv/bin/magellano train demo
+
+# Prefect's server, its UI at http://127.0.0.1:4200, all deployments and a worker; `make down` saves what runs and ends them.
+up: setup
+	@.venv/bin/magellano up
+
+down: setup
+	@.venv/bin/magellano down
 
 test: lint
 	@$(PY) -m pytest

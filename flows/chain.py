@@ -10,8 +10,9 @@ from typing import Any
 
 from prefect.runtime import flow_run
 
+from flows import names
 from magellano import gate as gates
-from magellano import gc, ledger, lineage, nightly, pipeline
+from magellano import gc, ledger, lineage, nightly, notify, pipeline
 from magellano.artifacts import ArtifactRef
 from magellano.errors import InputError
 from magellano.names import BaseSource, Decision, RunState, Stage
@@ -57,12 +58,18 @@ class Chain:
     def __enter__(self) -> "Chain":
         self.run = ledger.Run(flow_run.flow_name, self.profile, str(flow_run.id), self._asked)
         self.run.__enter__()
+        names.number(self.run.record.number)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.run.__exit__(kind, error, trace)
+        record = self.run.record
+        told = str(record.gate["reason"]) if record.gate else record.why
+        notify.tell(
+            self.profile.notify, notify.event(record.state, record.gate), record.number, self.profile.name, told
+        )
         if error is None and self.profile.disk.budget_gib:
             self._fit()
 

@@ -36,6 +36,14 @@ class Decision(StrEnum):
     ROLLED_BACK = "rolled back to"
 
 
+class Event(StrEnum):
+    """What a notification is about."""
+
+    FAILURE = "failure"
+    PROMOTION = "promotion"
+    KEPT_ASIDE = "kept_aside"
+
+
 class Fault(StrEnum):
     """Why a process that trains ended without a result."""
 

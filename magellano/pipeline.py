@@ -31,7 +31,7 @@ STAGES: dict[Stage, Spec] = {
     Stage.ATTACH_LORA: Spec(version=1, needs=(Stage.QUANTIZE,)),
     Stage.TRAIN: Spec(version=1, needs=(Stage.TOKENIZE, Stage.QUANTIZE, Stage.ATTACH_LORA)),
     Stage.CHECKPOINT: Spec(version=1, needs=(Stage.TOKENIZE, Stage.QUANTIZE, Stage.TRAIN)),
-    Stage.EVALUATE: Spec(version=1, needs=(Stage.TOKENIZE, Stage.QUANTIZE, Stage.CHECKPOINT)),
+    Stage.EVALUATE: Spec(version=2, needs=(Stage.TOKENIZE, Stage.QUANTIZE, Stage.CHECKPOINT)),
 }
 
 

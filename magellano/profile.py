@@ -20,12 +20,13 @@ from magellano.names import (
     Compute,
     DataFormat,
     DataRender,
+    Event,
     LayerKind,
     LoraTarget,
     LossKind,
     Recompute,
     StateDtype,
-)  # fmt: skip
+)
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 
@@ -33,6 +34,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Target = Annotated[LoraTarget, Field(strict=False)]  # TOML and JSON give strings
+Told = Annotated[Event, Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -237,6 +239,13 @@ class DiskConfig(Section):
     budget_gib: NonNegative = 0.0  # after a run, what `magellano gc` may remove goes, oldest first, until it fits
 
 
+class NotifyConfig(Section):
+    """A command of the owner's that is told how a run ended; see magellano/notify.py. No part of any artifact."""
+
+    command: tuple[str, ...] = Field(default=(), strict=False)  # program and arguments, no shell; empty: none
+    on: tuple[Told, ...] = Field(default=(Event.FAILURE, Event.PROMOTION), strict=False)
+
+
 class PretrainConfig(Section):
     """Full-parameter training of a base, so that the adapter has something real to stand on."""
 
@@ -260,6 +269,7 @@ class Profile(Section):
     memory: MemoryConfig = MemoryConfig()
     gate: GateConfig = GateConfig()
     disk: DiskConfig = DiskConfig()
+    notify: NotifyConfig = NotifyConfig()
     pretrain: PretrainConfig | None = None
 
     @model_validator(mode="after")

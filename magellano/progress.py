@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Protocol, TextIO
 
 LINE_INTERVAL = 10.0  # seconds between two lines where there is no terminal
@@ -41,6 +42,25 @@ def shown(title: str, stream: TextIO | None = None) -> Iterator[Progress]:
             bar.update(task, completed=done, total=total, facts=describe(facts))
 
         yield update
+
+
+class Remaining:
+    """How long work still takes at the pace that it had since the first news: a fact for `describe`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._first = clock, (0, 0.0)
+        self._begun = False
+
+    def __call__(self, done: int, total: int) -> dict[str, float | str]:
+        """{"ETA": ...}; nothing at the first news and at the end."""
+        now = self._clock()
+        if not self._begun or done < self._first[0]:  # it may be set back to a checkpoint
+            self._first, self._begun = (done, now), True
+        gone = done - self._first[0]
+        if not gone or done >= total:
+            return {}
+        seconds = round((total - done) * (now - self._first[1]) / gone)
+        return {"ETA": str(timedelta(seconds=seconds))}
 
 
 class Lines:

@@ -72,14 +72,15 @@ def measures(evaluation: dict[str, Any]) -> Table:
     """Base against fine-tuned, with the change. `evaluation` is what evaluation.json holds."""
     base, tuned = evaluation["base"], evaluation["fine_tuned"]
     rows = []
-    for key, name, form, change in MEASURES:
+    for key, name, form, how in MEASURES:
         if base[key] is not None and tuned[key] is not None:
-            rows.append((name, form.format(base[key]), form.format(tuned[key]), _change(base[key], tuned[key], change)))
+            rows.append((name, form.format(base[key]), form.format(tuned[key]), change(base[key], tuned[key], how)))
     title = f"Held-out split: {tuned['tokens']:,} target tokens, {tuned['bytes']:,} bytes"
     return Table(title, ("measure", "base", "fine-tuned", "change"), tuple(rows))
 
 
-def _change(base: float, tuned: float, how: str) -> str:
+def change(base: float, tuned: float, how: str) -> str:
+    """The change from `base` to `tuned`, told as MEASURES says."""
     match how:
         case "percent":
             return f"{100 * (tuned / base - 1):+.1f} %" if base else "-"
@@ -199,10 +200,10 @@ def show_run(run: dict[str, Any], console: "Console") -> None:
     show_places(run_places(run), console)
 
 
-def run_markdown(run: dict[str, Any]) -> str:
-    """The same as a page for Prefect's UI."""
+def run_markdown(run: dict[str, Any], more: Sequence[Table] = ()) -> str:
+    """The same as a page for Prefect's UI, with `more` tables after the evaluation."""
     places = facts("Where it lies", {name: str(path) for name, path in run_places(run).items()})
-    tables = [stages(run), *survived(run), *accounting(run), _made_from(run), places]
+    tables = [*more, stages(run), *survived(run), *accounting(run), _made_from(run), places]
     parts = [f"# {run['profile']}", *(table.markdown() for table in tables)]
     if (evaluation := _evaluation(run)) is not None:
         parts.insert(1, evaluation_markdown(evaluation))
@@ -324,7 +325,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def loss_picture(out: Path, curves: dict[str, list[dict[str, Any]]], base_loss: float, tuned_loss: float) -> None:
     """One panel per training run in `curves` (its metrics); the last, the fine-tune, carries both evaluations."""
-    figure, axes = _figure(max(len(curves), 1), "step", "loss (nats/token)")
+    drawn, axes = figure(max(len(curves), 1), "step", "loss (nats/token)")
     for axis, (name, lines) in zip(axes, curves.items(), strict=False):
         steps = [line for line in lines if "loss" in line]
         axis.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=TUNED_COLOUR, lw=1.6, label="training")
@@ -338,13 +339,13 @@ def loss_picture(out: Path, curves: dict[str, list[dict[str, Any]]], base_loss: 
     for axis in axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
-    _save(figure, out)
+    save(drawn, out)
 
 
 def experts_picture(out: Path, base: Sequence[dict[str, Any]], tuned: Sequence[dict[str, Any]]) -> None:
     """Share per expert, base beside fine-tuned, one panel per MoE layer; the dashed line is an even share."""
     shown = min(len(tuned), 12)
-    figure, axes = _figure(max(shown, 1), "expert", "share of token copies")
+    drawn, axes = figure(max(shown, 1), "expert", "share of token copies")
     for n in range(shown):
         shares = base[n]["share"], tuned[n]["share"]
         for offset, share, colour, name in zip(
@@ -358,12 +359,12 @@ def experts_picture(out: Path, base: Sequence[dict[str, Any]], tuned: Sequence[d
         axes[0].legend(frameon=False, fontsize=8)
     else:
         axes[0].set_title("this model has no MoE layer", loc="left", color=INK)
-    _save(figure, out)
+    save(drawn, out)
 
 
 def trace_picture(out: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Where a step's time and memory go: a bar for each part, the largest on top."""
-    figure, axes = _figure(2, "ms", "")
+    drawn, axes = figure(2, "ms", "")
     axes[0].set_title(title, loc="left", color=INK)
     axes[1].set(xlabel="MB beside what is held")
     for axis, key in zip(axes, ("ms", "extra_mb"), strict=True):
@@ -371,27 +372,28 @@ def trace_picture(out: Path, rows: Sequence[dict[str, Any]], title: str) -> None
         axis.barh([row["part"] for row in shown], [row[key] for row in shown], color=TUNED_COLOUR)
         axis.grid(axis="y", alpha=0)
         axis.grid(axis="x", alpha=0.25)
-    _save(figure, out)
+    save(drawn, out)
 
 
-def _figure(panels: int, x: str, y: str) -> tuple[Any, list[Any]]:
+def figure(panels: int, x: str, y: str) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, three in a row, and their axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(panels, 3)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(max(5.5, 4.6 * columns), 3.6 * rows), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    drawn = Figure(figsize=(max(5.5, 4.6 * columns), 3.6 * rows), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = list(drawn.subplots(rows, columns, squeeze=False).flat)
     for unused in axes[panels:]:
         unused.set_visible(False)
     for axis in axes[:panels]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
         axis.set(xlabel=x, ylabel=y)
-    return figure, axes[:panels]
+    return drawn, axes[:panels]
 
 
-def _save(figure: Any, out: Path) -> None:
+def save(figure: Any, out: Path) -> None:
     """No date goes into the file: the same numbers make the same picture."""
     figure.savefig(out, metadata={"Software": None})

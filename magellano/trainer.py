@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from magellano import activations, disk, durable, state
+from magellano import activations, disk, durable, experts, state
 from magellano.backend import compute_dtype, mx, tree_flatten, tree_unflatten
 from magellano.backprop import Backprop, Batch
 from magellano.data import shards
@@ -275,6 +275,8 @@ class _Run:
         self.saved = trainer.step if self.resumed else -1  # the step whose state is on disk
         self.metrics = MetricsFile(work / METRICS)
         self.metrics.rewind(trainer.step, trainer.guard.rollbacks)
+        split, c = trainer.held_out if trainer.held_out.rows else trainer.train, trainer.config
+        self.watch = experts.Watch(trainer.model, split, c.steps, c.log_every)
 
     def to_end(self) -> dict[str, Any]:
         t, c = self.trainer, self.trainer.config
@@ -286,6 +288,8 @@ class _Run:
             trained += 1
             if t.step % c.log_every == 0 or t.step == 1 or t.step == c.steps or m.skipped:
                 self.metrics(asdict(m))
+            if (t.step % self.watch.every == 0 or t.step in (1, c.steps)) and (look := self.watch(t.step)):
+                self.metrics(look)
             facts = {"loss": m.loss, "tokens_per_s": m.tokens_per_s, "peak_gib": m.peak_gib}
             self.progress(t.step, c.steps, **{k: v for k, v in facts.items() if math.isfinite(v)})
             self._settle()

@@ -7,7 +7,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from magellano import durable
+from magellano import durable, site
 from magellano.artifacts import home
 
 _held: list[int] = []
@@ -15,7 +15,7 @@ _held: list[int] = []
 
 def take() -> None:
     """Wait until no other process makes the database; hold the others off where it is not made yet."""
-    if os.environ.get("PREFECT_API_URL") or _made().exists():
+    if os.environ.get("PREFECT_API_URL") or site.running(site.Part.SERVER) or _made().exists():
         return
     fd = os.open(durable.private_folder(home() / "locks") / "database", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)

@@ -25,7 +25,7 @@ class StageProgress:
     def __init__(self, stage: Stage | str) -> None:
         self._stage = stage
         self._person: progress.Progress = self._to_log if settings.in_worker() else progress.silent
-        self._leave = ExitStack()
+        self._leave, self._remaining = ExitStack(), progress.Remaining()
         self._news = threading.Condition()
         self._newest: tuple[float, str] | None = None
         self._closed = False
@@ -35,6 +35,7 @@ class StageProgress:
     def __call__(self, done: int, total: int, **facts: float | str) -> None:
         if self._person is progress.silent:  # the bar appears with the first news, so that a reused stage shows none
             self._person = self._leave.enter_context(progress.shown(self._stage))
+        facts = self._remaining(done, total) | facts
         self._person(done, total, **facts)
         now = time.monotonic()
         if self._thread is None or done >= total or now - self._published >= PUBLISH_S:

@@ -7,11 +7,12 @@ from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from magellano import report
+from magellano import report, run_page
 from magellano.artifacts import ArtifactRef, Store
 from magellano.names import Stage
 from tasks import background, settings
 
+_links: dict[str, str] = {}  # of this process: addresses in the UI by an artifact's key with `facts` or `report`
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(([\w.-]+\.png)\)")
 
 
@@ -23,23 +24,26 @@ def stage_artifacts(store: Store, ref: ArtifactRef, reused: bool) -> None:
     rows = facts_table(store.manifest(ref)["summary"], ref, folder, reused)
 
     def publish() -> None:
-        create_table_artifact(
+        made: Any = create_table_artifact(
             table=rows, key=f"{stage}-facts", description=f"{stage}: {'reused' if reused else 'built'} {ref.key}"
         )
+        _links[f"{ref.key} facts"] = f"/artifacts/artifact/{made}"
         if text := pages(folder):
-            create_markdown_artifact(
+            made = create_markdown_artifact(
                 markdown=text, key=f"{stage}-report", description=f"{stage}: what it wrote to be read"
             )
+            _links[f"{ref.key} report"] = f"/artifacts/artifact/{made}"
 
     background.attempt(f"{stage} artifacts", publish)
 
 
 def run_report(run: dict[str, Any]) -> None:
-    """Store what a run came to (see magellano.report.run_markdown) with the current flow run, where people look."""
+    """Store what a run came to (see magellano.run_page) with the current flow run, where people look."""
     if not settings.watched():
         return
     folder = next((Path(s["path"]) for s in run["stages"] if s["stage"] == Stage.EVALUATE), None)
-    text, _ = _with_pictures(report.run_markdown(run), folder) if folder else (report.run_markdown(run), set())
+    page = run_page.markdown(run, _links)
+    text = _with_pictures(page, folder)[0] if folder else page
 
     def publish() -> None:
         create_markdown_artifact(markdown=text, key="run-report", description=f"run {run['run']}: all of it on a page")

@@ -1,7 +1,7 @@
 """Settles Prefect's environment before Prefect is imported: quiet, offline, patient. `tasks/__init__.py` calls it.
 
-With PREFECT_API_URL set a run talks to that server. Without, Prefect starts one for the process, on loopback, with its
-database under $MAGELLANO_HOME/prefect.
+With PREFECT_API_URL set, or `magellano up` running, a run talks to that server. Without, Prefect starts one for the
+process, on loopback, with its database under $MAGELLANO_HOME/prefect.
 """
 
 import logging
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from magellano import artifacts
+from magellano import artifacts, site
 from magellano.errors import Aborted, DiskFull, InputError, OutOfMemory, Stopped
 
 PREFECT_TOML = Path(__file__).resolve().parent.parent / "prefect.toml"
@@ -26,6 +26,8 @@ def environment() -> dict[str, str]:
     if not in_worker():
         found["PREFECT_LOGGING_LEVEL"] = "WARNING"  # a terminal shows our lines, not Prefect's bookkeeping
         if not os.environ.get("PREFECT_API_URL"):
+            server = site.running(site.Part.SERVER)
+            found["PREFECT_API_URL"] = server["url"] if server else ""  # empty: prefect.toml's is not meant
             found["PREFECT_HOME"] = str(artifacts.home() / "prefect")
     return found
 

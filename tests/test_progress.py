@@ -2,7 +2,7 @@
 
 import io
 
-from magellano.progress import Lines, describe, shown, silent
+from magellano.progress import Lines, Remaining, describe, shown, silent
 
 
 class Terminal(io.StringIO):
@@ -48,3 +48,14 @@ def test_facts_read_like_measures() -> None:
 def test_silent_says_nothing(capsys) -> None:  # type: ignore[no-untyped-def]
     silent(1, 2, loss=1.0)
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_remains_follows_from_the_pace_since_the_first_news() -> None:
+    clock = iter([100.0, 110.0, 120.0, 130.0, 140.0, 150.0])
+    remaining = Remaining(lambda: next(clock))
+    assert remaining(40, 100) == {}, "resumed: what was done before says nothing of the pace"
+    assert remaining(45, 100) == {"ETA": "0:01:50"}
+    assert remaining(50, 100) == {"ETA": "0:01:40"}
+    assert remaining(20, 100) == {}, "set back"
+    assert remaining(21, 100) == {"ETA": "0:13:10"}
+    assert remaining(100, 100) == {}

@@ -13,6 +13,7 @@ from types import ModuleType
 from magellano.commands import (
     benchmark,
     diff,
+    down,
     evaluate,
     export,
     fuse,
@@ -29,6 +30,7 @@ from magellano.commands import (
     show,
     tco,
     train,
+    up,
 )
 
 COMMANDS: dict[str, ModuleType] = {
@@ -49,5 +51,7 @@ COMMANDS: dict[str, ModuleType] = {
     "rollback": rollback,
     "gc": gc,
     "tco": tco,
+    "up": up,
+    "down": down,
     "benchmark": benchmark,
 }

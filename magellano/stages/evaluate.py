@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from magellano import loader, report
+from magellano import experts, loader, report
 from magellano.backend import mx
 from magellano.data.shards import Shards
 from magellano.evaluate import Example, Scores, Verdict, examples, score
@@ -47,7 +47,7 @@ def run(out: Path, profile: Profile, release: Path, tokens: Path, base: Path, pr
             for e, b, t in zip(chosen, base_texts, tuned_texts, strict=True)
         ],
     }
-    _write(out, evaluation, release, base)
+    _write(out, evaluation, release, base, profile.model.top_k)
     return {key: value for key, value in evaluation.items() if key != "samples"}
 
 
@@ -80,12 +80,16 @@ class _Halves:
         self._progress(total + done, 2 * total, model="fine-tuned", **facts)
 
 
-def _write(out: Path, evaluation: dict[str, Any], release: Path, base: Path) -> None:
+def _write(out: Path, evaluation: dict[str, Any], release: Path, base: Path, top_k: int) -> None:
     text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
     (out / report.EVALUATION_JSON).write_text(text + "\n", encoding="utf-8")
-    (out / report.EVALUATION_MD).write_text(report.evaluation_markdown(evaluation), encoding="utf-8")
     runs = {"pretraining of the base": input_folder(base, Stage.PRETRAIN), "fine-tuning": release}
     curves = {name: report.read_metrics(folder / METRICS) for name, folder in runs.items() if folder}
+    page, trained = report.evaluation_markdown(evaluation), curves.get("fine-tuning", [])
+    if experts.looks(trained):
+        experts.picture(out / experts.LOAD_PNG, trained)
+        page += f"\n{experts.table(trained, top_k).markdown()}\n![expert load over time]({experts.LOAD_PNG})\n"
+    (out / report.EVALUATION_MD).write_text(page, encoding="utf-8")
     base_scores, tuned_scores = evaluation["base"], evaluation["fine_tuned"]
     report.loss_picture(out / report.LOSS_PNG, curves, base_scores["loss"], tuned_scores["loss"])
     report.experts_picture(out / report.EXPERTS_PNG, base_scores["experts"], tuned_scores["experts"])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.flows.site import POOL, Site, wait
+from tests.flows.site import POOL, Site, Up, wait
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -94,4 +94,24 @@ def client(site: Site) -> Iterator["SyncPrefectClient"]:
         template = ProcessWorker.get_default_base_job_template()
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
         site.prefect("deploy", "--all")
+        yield client
+
+
+@pytest.fixture(scope="package")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A site that `magellano up` has started; `magellano down` ends it."""
+    up = Up(tmp_path_factory.mktemp("up"))
+    try:
+        up.magellano("up")
+        yield up
+    finally:
+        up.magellano("down")
+
+
+@pytest.fixture
+def api(up: Up) -> Iterator["SyncPrefectClient"]:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: up.url}), get_client(sync_client=True) as client:
         yield client

@@ -31,22 +31,43 @@ def wait(what: str, ask: Callable[[], T | None], seconds: float = 120) -> T:
     return answer
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """The variables of a site below `folder` on a free port, without whatever else says where Prefect is."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    return inherited | {
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",  # the default minute would be waited for
+        "MAGELLANO_HOME": str(folder / "home"),
+    }
+
+
+class Up:
+    """What `magellano up` starts, in a home of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.env = folder, environment(folder)
+        self.ui = f"http://127.0.0.1:{self.env['PREFECT_SERVER_API_PORT']}"
+        self.url = f"{self.ui}/api"
+        self.home = folder / "home"
+
+    def magellano(self, *arguments: str, rc: int = 0) -> str:
+        """What a command printed; `rc`: how it must end."""
+        command = [sys.executable, "-m", "magellano.cli", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == rc, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+
 class Site:
     """A server, the pool, all deployments and a worker, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.folder, self.url = folder, f"http://127.0.0.1:{port}/api"
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-        self.env = inherited | {
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_API_URL": self.url,
-            "PREFECT_SERVER_API_PORT": str(port),
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",  # the default minute would be waited for
-            "MAGELLANO_HOME": str(folder / "home"),
-        }
+        self.folder, env = folder, environment(folder)
+        self.url = f"http://127.0.0.1:{env['PREFECT_SERVER_API_PORT']}/api"
+        self.env = env | {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": self.url}
         (folder / "prefect").mkdir()
         self._processes: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         self._named: dict[str, subprocess.Popen[bytes]] = {}

@@ -1,0 +1,122 @@
+"""`magellano up` and `down`: what they start, how it is guarded, and that what runs is saved before it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+
+from magellano import site
+from magellano.names import Stage
+from tests.flows.site import ROOT, SHORT, Up, wait
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def answer(url: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str]]:
+    """Status and headers of an answer."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, named, method=method), timeout=30) as found:
+            return found.status, {k.lower(): v for k, v in found.headers.items()}
+    except urllib.error.HTTPError as e:
+        return e.code, {k.lower(): v for k, v in e.headers.items()}
+
+
+def test_up_a_second_time_starts_nothing(up: Up) -> None:
+    assert "started: nothing: all of it runs" in up.magellano("up")
+
+
+def test_it_listens_on_loopback_alone(up: Up) -> None:
+    port = int(up.env["PREFECT_SERVER_API_PORT"])
+    bound = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
+    assert f"0100007F:{port:04X}" in bound
+    assert [b for b in bound if b.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+
+
+def test_no_other_page_drives_it_and_its_own_reaches_nothing_else(up: Up) -> None:
+    flow = json.dumps({"name": "x"}).encode()
+    assert answer(f"{up.url}/flows/", "POST", flow, content_type="application/json")[0] == 403, "no CSRF token"
+    asks = {"Origin": "http://evil.example", "Access_Control_Request_Method": "POST"}
+    assert answer(f"{up.url}/flows/", "OPTIONS", **asks)[0] == 400
+    own = answer(f"{up.url}/flows/", "OPTIONS", **(asks | {"Origin": up.ui}))
+    assert (own[0], own[1]["access-control-allow-origin"]) == (200, up.ui)
+    status, headers = answer(up.ui)
+    assert status == 200
+    rules = dict(rule.strip().split(" ", 1) for rule in headers["content-security-policy"].split(";"))
+    assert rules["default-src"] == "'self'"
+    assert all(up.ui.removeprefix("http") in word for word in rules["connect-src"].split() if "//" in word)
+    assert "http" not in rules["script-src"]
+
+
+def test_commands_work_as_typed_where_the_server_is_up(up: Up, api: SyncPrefectClient) -> None:
+    """No PREFECT_API_URL: `magellano` finds the server of its home."""
+    up.magellano("train", "demo", *[f"--set={k}={v}" for k, v in SHORT.items()])
+    run = next(r for r in api.read_flow_runs() if r.deployment_id is None)
+    assert run.state
+    assert run.state.is_completed()
+
+
+def test_a_run_whose_stages_are_all_there_asks_the_server_little(up: Up) -> None:
+    """Seconds differ from machine to machine; calls do not. Two a stage: its state's events go another way."""
+    script = [sys.executable, "benchmarks/cached_stages.py", "demo", *(f"{k}={v}" for k, v in SHORT.items())]
+    done = subprocess.run(script, cwd=ROOT, env=up.env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["server"], facts["stages"], facts["built"]) == (up.url, 8, [])
+    assert 8 < facts["calls"] <= 14 + 2 * facts["stages"], facts
+
+
+def test_a_schedule_keeps_its_owner_s_word_over_an_up(up: Up, api: SyncPrefectClient) -> None:
+    assert "nightly/demo: on, 30 2 * * * Europe/Rome" in up.magellano("up", "--nightly", "demo")
+    up.magellano("up")
+    assert [s.active for s in api.read_deployment_by_name("nightly/demo").schedules] == [True]
+    other = api.read_deployment_by_name("nightly/production3b").schedules
+    assert [s.active for s in other] == [False], "only what was asked for"
+    assert "nightly/nope: no such deployment" in up.magellano("up", "--nightly", "nope", rc=2)
+
+
+def test_down_saves_what_runs_and_up_goes_on(up: Up, api: SyncPrefectClient) -> None:
+    deployment = api.read_deployment_by_name("stages/train")
+    given = {"overrides": SHORT | {"train.steps": 90_000, "train.checkpoint_every": 90_000}}
+    run = api.create_flow_run_from_deployment(deployment.id, parameters=given)
+    work = up.home / "work" / Stage.TRAIN
+    before = set(work.glob("*"))
+
+    def training() -> list[Path]:
+        return [f for f in work.glob("*") if f not in before and (f / "metrics.jsonl").exists()]
+
+    (folder,) = wait("its training", training, 240)
+    said = up.magellano("down", "--only", "worker")
+    assert f"cancelled {api.read_flow_run(run.id).name}" in said
+    assert "ended: worker" in said
+    state = api.read_flow_run(run.id).state
+    assert state
+    assert state.name == "Cancelled"
+    assert max(int(p.name.removeprefix("step-")) for p in folder.glob("step-*")) > 0, "saved where it stood"
+    assert api.read_work_pool("gpu").is_paused
+    assert "started: worker" in up.magellano("up")
+    assert not api.read_work_pool("gpu").is_paused
+
+
+def test_a_stranger_s_server_is_not_taken_for_ours(up: Up, tmp_path: Path) -> None:
+    other = Up(tmp_path)
+    other.env["PREFECT_SERVER_API_PORT"] = up.env["PREFECT_SERVER_API_PORT"]
+    assert "another home's server answers there" in other.magellano("up", rc=2)
+    assert other.magellano("down") == "ended: nothing: nothing of it ran\n"
+
+
+def test_a_part_that_was_killed_is_started_again(up: Up) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAGELLANO_HOME", up.env["MAGELLANO_HOME"])
+        found = site.running(site.Part.WORKER)
+        assert found
+        os.kill(found["pid"], signal.SIGKILL)
+        wait("its end", lambda: site.running(site.Part.WORKER) is None, 30)
+    assert "started: worker" in up.magellano("up")
