@@ -26,6 +26,10 @@ JSON_DEPTH = 100
 ROW_VALUES, ARRAY_VALUES = 1_000_000, 4_000_000
 """Most values in one row and in one JSON array of rows: an empty object takes 3 bytes of file and 72 of memory."""
 
+TOON_VALUES = 100_000
+"""Most values in the JSON records of one prompt that become TOON: writing it and reading it back is Python, 5 s for so
+many at worst. What is beyond stays JSON and is counted."""
+
 BLANK_RUN = 100_000
 """Longest run of blank characters: the tokenizer's regular expression gives up, and aborts, before a million."""
 

@@ -32,9 +32,10 @@ def rendered(text: str) -> tuple[str, list[Record]]:
     made: list[str] = []
     records: list[Record] = []
     done = failures = 0
+    left = limits.TOON_VALUES
     while failures < FAILURES and (start := _START.search(text, done)):
         at = start.end()
-        found = _record(text, at)
+        found = _record(text, at, left)
         if found is None:
             failures += 1
             after = text.find("\n", at)
@@ -45,6 +46,7 @@ def rendered(text: str) -> tuple[str, list[Record]]:
             continue
         end, record = found
         records.append(record)
+        left -= _values(record.json)
         before = text[done:at]
         if record.toon:
             fenced = before.endswith(_FENCE)
@@ -55,8 +57,8 @@ def rendered(text: str) -> tuple[str, list[Record]]:
     return "".join([*made, text[done:]]), records
 
 
-def _record(text: str, at: int) -> tuple[int, Record] | None:
-    """Where the record at `at` ends, and the record; None where there is none."""
+def _record(text: str, at: int, most: int) -> tuple[int, Record] | None:
+    """Where the record at `at` ends, and the record, which stays JSON with more than `most` values; None for none."""
     try:
         value, end = _DECODER.raw_decode(text, at)
         if not _END.match(text, end) or not _is_record(value):
@@ -64,7 +66,12 @@ def _record(text: str, at: int) -> tuple[int, Record] | None:
     except (ValueError, RecursionError):
         return None
     spelled = text[at:end]
-    return end, Record(spelled, _toon(value) if spelled.count(",") <= limits.ROW_VALUES else "")
+    return end, Record(spelled, _toon(value) if _values(spelled) <= most else "")
+
+
+def _values(spelled: str) -> int:
+    """At least as many as there are."""
+    return 1 + sum(map(spelled.count, ",[{"))
 
 
 def _is_record(value: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from magellano.data import formats
+from magellano.data import formats, limits
 from magellano.data.toon import FAILURES, rendered
 from magellano.names import DataFormat
 from magellano.profile import DataConfig, load_profile
@@ -62,6 +62,13 @@ def test_what_would_not_come_back_stays_and_is_counted() -> None:
     text, records = rendered('{"a": 1e400}')
     assert text == '{"a": 1e400}'
     assert [record.toon for record in records] == [""]
+
+
+def test_too_many_values_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "TOON_VALUES", 3)
+    text, records = rendered('{"a": 1}\n{"b": 1}\n{"c": [1, 2]}')
+    assert text == 'a: 1\n{"b": 1}\n{"c": [1, 2]}'
+    assert [bool(record.toon) for record in records] == [True, False, False]
 
 
 def test_beginnings_without_end_are_given_up_after_a_few() -> None:
