@@ -75,6 +75,17 @@ def shown(browser: Browser, name: str, seconds: float = 60) -> None:
     wait(f"{name} on the page", lambda: browser.evaluate(badge) == name, seconds)
 
 
+def confirm(browser: Browser) -> None:
+    """Say yes to the question that the UI asks in a dialog."""
+    for seconds, kind in ((8.0, "danger"), (8.0, "primary"), (8.0, "default")):
+        try:
+            browser.click(None, f"[role=dialog] button[class*={kind}], .p-modal button[class*={kind}]", seconds)
+            return
+        except AssertionError:
+            continue
+    raise AssertionError(browser.evaluate("(document.querySelector('[role=dialog], .p-modal') || {}).outerHTML"))
+
+
 def test_the_deployments_are_seen(browser: Browser, up: Up) -> None:
     browser.open(f"{up.ui}/deployments")
     text = browser.wait("At 02:30 AM every day")
@@ -132,8 +143,7 @@ def test_a_failed_run_is_retried_from_its_finished_stages(browser: Browser, up: 
     if aside.exists():
         aside.rename(shelf)
     browser.click("Retry", "button")
-    browser.wait("Retry Flow Run")
-    browser.click("Retry", "button")
+    confirm(browser)
     wait("its second end", lambda: state(api, run) == "Completed", 300)
     assert api.read_flow_run(run).run_count == 2
     found = tasks(api, run)
@@ -151,8 +161,7 @@ def test_a_run_is_cancelled_and_its_training_is_saved(browser: Browser, up: Up, 
     shown(browser, "Running")
     keep(browser, "running")
     browser.click("Cancel", "button")
-    browser.wait("Cancel Flow Run")
-    browser.click(None, ".p-modal button[class*=danger], [role=dialog] button[class*=danger]")
+    confirm(browser)
     wait("its end", lambda: state(api, run) == "Cancelled", 120)
     shown(browser, "Cancelled")
     keep(browser, "cancelled")
