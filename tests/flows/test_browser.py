@@ -134,6 +134,7 @@ def test_a_failed_run_is_retried_from_its_finished_stages(browser: Browser, up: 
     shelf, aside = up.home / "artifacts" / Stage.EVALUATE, up.home / "aside"
     if shelf.exists():
         shelf.rename(aside)
+    shelf.parent.mkdir(parents=True, exist_ok=True)
     shelf.write_text("in the way")
     run = start(browser, up, api, SHORT | {"train.steps": 4})
     wait("its end", lambda: state(api, run) == "Failed", 300)
