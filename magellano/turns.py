@@ -15,7 +15,7 @@ _held: list[int] = []
 
 def take() -> None:
     """Wait until no other process makes the database; hold the others off where it is not made yet."""
-    if os.environ.get("PREFECT_API_URL") or site.running(site.Part.SERVER) or _made().exists():
+    if _held or os.environ.get("PREFECT_API_URL") or site.running(site.Part.SERVER) or _made().exists():
         return
     fd = os.open(durable.private_folder(home() / "locks") / "database", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)

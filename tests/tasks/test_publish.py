@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from magellano import report
+from magellano import run_page
 from magellano.artifacts import ArtifactRef
 from magellano.names import Stage
 from tasks import background
@@ -46,7 +46,7 @@ def test_no_pages_no_text(tmp_path: Path) -> None:
 def test_nothing_is_published_where_nobody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(background, "attempt", lambda what, work: asked.append(what))
-    monkeypatch.setattr(report, "run_markdown", lambda run: "a page")
+    monkeypatch.setattr(run_page, "markdown", lambda run, links: "a page")
     for url, expected in (("", []), ("http://127.0.0.1:4200/api", ["the run's report"])):
         monkeypatch.setenv("PREFECT_API_URL", url)
         run_report({"run": 1, "stages": []})
