@@ -26,8 +26,9 @@ def environment() -> dict[str, str]:
     if not in_worker():
         found["PREFECT_LOGGING_LEVEL"] = "WARNING"  # a terminal shows our lines, not Prefect's bookkeeping
         if not os.environ.get("PREFECT_API_URL"):
-            server = site.running(site.Part.SERVER)
-            found["PREFECT_API_URL"] = server["url"] if server else ""  # empty: prefect.toml's is not meant
+            # Not in prefect.toml, whose address nothing here could unset: to Prefect's events an empty one is one too.
+            if server := site.running(site.Part.SERVER):
+                found["PREFECT_API_URL"] = server["url"]
             found["PREFECT_HOME"] = str(artifacts.home() / "prefect")
     return found
 

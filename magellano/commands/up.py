@@ -83,3 +83,6 @@ def show(facts: dict[str, Any], console: "Console") -> None:
     started = " and ".join(facts["started"]) or "nothing: all of it runs"
     console.print(f"started: {started}", highlight=False)
     console.print(f"UI: {facts['ui']}   logs: {facts['logs']}", highlight=False, soft_wrap=True)
+    console.print(
+        f"for Prefect's own command line: export PREFECT_API_URL={facts['url']}", highlight=False, soft_wrap=True
+    )
