@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from magellano import artifacts, disk
 
     overrides = checked_overrides(args)
-    flow = load_flow(FLOW)
+    fine_tune = load_flow(FLOW)
     with disk.told_when_full(artifacts.home(), need=LEAST):  # Prefect's own database may be what finds no room
-        return flow(profile=args.profile, overrides=overrides, rerun=args.rerun)
+        return fine_tune(profile=args.profile, overrides=overrides, rerun=args.rerun)
 
 
 def checked_overrides(args: argparse.Namespace) -> dict[str, Any]:
