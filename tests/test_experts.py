@@ -62,6 +62,7 @@ def test_a_look_routes_the_same_tokens_without_padding_and_warns_once(
 ) -> None:
     logger = logging.getLogger("magellano")
     monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])  # without what a flow in this process has put there
     model = Model([[9, 2, 2, 2, 2, 2, 1, 0]])
     watch = Watch(model, Split(), steps=1000, log_every=10)  # type: ignore[arg-type]
     assert watch.every == 50
