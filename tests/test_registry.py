@@ -1,7 +1,8 @@
 """The registry: who is in force, how back, and a file that is whole whatever happens."""
 
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from magellano import registry
 from magellano.errors import InputError
 from magellano.names import Decision
 from magellano.registry import Entry
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -112,19 +115,20 @@ def test_what_is_no_registry_is_refused_and_left_alone(text: str, said: str) -> 
     assert registry.path().read_text() == text
 
 
-def _add(names: list[str]) -> None:
-    for name in names:
-        judge("demo", name)
+ADD = """
+import sys
+from magellano import registry
+from magellano.names import Decision
+facts = {"digest": "d", "run": 1, "decided": "now", "reason": "r", "made": "m", "numbers": {}, "lineage": {}}
+for name in sys.argv[1:]:
+    with registry.changed() as book:
+        book.shelf("demo").judge(registry.Entry(release=name, decision=Decision.PROMOTED, **facts))
+"""
 
 
 def test_processes_do_not_lose_each_others_entries() -> None:
     groups = [[f"{process}-{n}" for n in range(10)] for process in range(3)]
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_add, args=(group,)) for group in groups]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [w.exitcode for w in workers] == [0, 0, 0]
+    workers = [subprocess.Popen([sys.executable, "-c", ADD, *group], cwd=ROOT) for group in groups]
+    assert [w.wait(60) for w in workers] == [0, 0, 0]
     found = json.loads(registry.path().read_text())["profiles"]["demo"]["entries"]
     assert {e["release"] for e in found} == {name for group in groups for name in group}
