@@ -57,16 +57,6 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Give the file `path` this text, the owner's alone, whole or not at all."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.chmod(0o600)
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
-
-
 def files_of(folder: Path) -> Iterator[Path]:
     """The files below `folder`, sorted."""
     return (p for p in sorted(folder.rglob("*")) if p.is_file())

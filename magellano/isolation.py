@@ -136,7 +136,7 @@ class _Survived:
     def add(self, end: "_End", batch: int, accumulate: int, then: tuple[int, int]) -> None:
         fault = {"fault": end.fault, "after_step": end.step, "told": end.told}
         self._list.append({**fault, "batch": batch, "accumulate": accumulate, "then": list(then)})
-        durable.replace_file(self._path, json.dumps({"faults": self._list}, indent=2) + "\n")
+        durable.write_text(self._path, json.dumps({"faults": self._list}, indent=2) + "\n")
 
     def facts(self, batch: int, accumulate: int) -> dict[str, Any]:
         return {"faults": self._list, "batch": batch, "accumulate": accumulate} if self._list else {}
