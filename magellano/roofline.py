@@ -147,11 +147,9 @@ def _dense_bytes(s: Sizes, again: bool) -> int:
     total = 0.0
     for spec in parameters(s.profile.model):
         if s.quantizes(spec):
-            passes = (
-                (1 if s.gpu else 2 * chunks)
-                if spec.target is LoraTarget.HEAD
-                else 2 + (again and spec.target not in unread)
-            )
+            passes = 2 + (again and spec.target not in unread)
+            if spec.target is LoraTarget.HEAD:
+                passes = 1 if s.gpu else 2 * chunks
             total += passes * spec.size * (s.width + 0.52)
     return int(total)
 
