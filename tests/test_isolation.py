@@ -25,18 +25,12 @@ from magellano.report import read_metrics
 from magellano.stages import attach_lora, pretrain, quantize, train
 from magellano.trainer import Trainer
 from magellano.worker import FAULT
+from tests.tiny import MODEL
 
 ROOT = Path(__file__).parent.parent
-TINY = """
-[model]
-d_model = 32
-n_layers = 4
-n_experts = 2
-d_ff = 32
-d_state = 4
-dt_rank = 4
-vocab_size = 300
-[base]
+TINY = (
+    MODEL
+    + """[base]
 source = "seeded"
 [data]
 format = "text"
@@ -61,6 +55,7 @@ batch = 2
 warmup = 1
 log_every = 1
 """
+)
 
 
 @dataclass(frozen=True)

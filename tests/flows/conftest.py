@@ -7,20 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.flows.site import POOL, Site, Up, wait
+from tests.tiny import MODEL
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-TINY = """
-[model]
-d_model = 32
-n_layers = 4
-n_experts = 2
-d_ff = 32
-d_state = 4
-dt_rank = 4
-vocab_size = 300
-
+TINY = (
+    MODEL
+    + """
 [base]
 source = "pretrain"
 
@@ -55,6 +49,7 @@ steps = 2
 batch = 2
 warmup = 1
 """
+)
 
 
 @pytest.fixture

@@ -14,18 +14,12 @@ from magellano import artifacts, cli, gate, ledger, registry
 from magellano.errors import ExitCode, InputError
 from magellano.names import Decision, RunState, Stage
 from magellano.runs import Release
+from tests.tiny import MODEL
 
 ANIMALS = ["cat", "dog", "fox", "owl", "bee", "elk", "ant", "hen"]  # by the name's last letter: something to learn
-PROFILE = """
-[model]
-d_model = 32
-n_layers = 4
-n_experts = 2
-d_ff = 32
-d_state = 4
-dt_rank = 4
-vocab_size = 300
-
+PROFILE = (
+    MODEL
+    + """
 [data]
 format = "completions"
 files = ["DATA"]
@@ -44,6 +38,7 @@ warmup = 2
 [evaluate]
 samples = 0
 """
+)
 
 
 @pytest.fixture

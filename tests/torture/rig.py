@@ -30,19 +30,13 @@ from magellano.progress import silent
 from magellano.stages import attach_lora, checkpoint, evaluate, pretrain, quantize, tokenize, train
 from magellano.tokenizer import Tokenizer
 from magellano.trainer import Trainer
+from tests.tiny import MODEL
 
 ADAPTER = "adapter_model.safetensors"
 STEPS = 6
-TINY = f"""
-[model]
-d_model = 32
-n_layers = 4
-n_experts = 2
-d_ff = 32
-d_state = 4
-dt_rank = 4
-vocab_size = 300
-[base]
+TINY = (
+    MODEL
+    + f"""[base]
 source = "pretrain"
 [data]
 format = "completions"
@@ -75,6 +69,7 @@ warmup = 1
 checkpoint_every = 1
 log_every = 1
 """
+)
 TRAINING = (Stage.PRETRAIN, Stage.TRAIN)
 ORDER = list(Stage)
 
