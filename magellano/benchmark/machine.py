@@ -7,6 +7,8 @@ from typing import Any
 from magellano.backend import compute_dtype, describe, mx, on_gpu
 from magellano.ops import launch
 
+_MOST_COPIES = 64  # of two gigabytes, a tenth of a second on a large GPU
+
 
 def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
     """The best of `repeats` timings of `work`, whose results are evaluated, after one that warms up."""
@@ -23,12 +25,13 @@ def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
 
 def on_device(work: Callable[[], Any], repeats: int = 5) -> float:
     """Seconds that the device itself needs for what `work` launches: it is queued behind copies that keep the device
-    busy until the host has launched all of it, and their time is taken off. Up to some 250 launches, for MLX lets no
-    more wait. On a CPU, where operations compute at once, the same as `seconds`.
+    busy until the host has launched all of it, and their time is taken off. For some 100 launches: MLX lets ten batches
+    wait (see backend.py). On a CPU, where operations compute at once, the same as `seconds`. Raises RuntimeError where
+    the host cannot get ahead.
     """
     if not on_gpu():
         return seconds(work, repeats)
-    x, copies = mx.ones((1 << 27,)), 32
+    x, copies = mx.ones((1 << 29,)), 8  # few and large: they are launches that wait, too
     mx.eval(work(), x)
 
     def busy(x: mx.array) -> mx.array:
@@ -49,12 +52,13 @@ def on_device(work: Callable[[], Any], repeats: int = 5) -> float:
         mx.synchronize()
         return time.perf_counter() - started, launched
 
-    while True:
+    while copies <= _MOST_COPIES:
         alone = min(timed()[0] for _ in range(repeats))
-        found = [timed(work) for _ in range(repeats)]
-        if min(launched for _, launched in found) < alone or copies > 1024:
-            return min(total for total, launched in found if launched < alone or copies > 1024) - alone
+        found = [total for total, launched in (timed(work) for _ in range(repeats)) if launched < alone]
+        if found:
+            return min(found) - alone
         copies *= 2
+    raise RuntimeError(f"the host took longer to launch this than the device for {copies // 2} copies")
 
 
 def peak(work: Callable[[], Any]) -> int:
