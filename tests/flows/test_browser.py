@@ -77,13 +77,7 @@ def shown(browser: Browser, name: str, seconds: float = 60) -> None:
 
 def confirm(browser: Browser) -> None:
     """Say yes to the question that the UI asks in a dialog."""
-    for seconds, kind in ((8.0, "danger"), (8.0, "primary"), (8.0, "default")):
-        try:
-            browser.click(None, f"[role=dialog] button[class*={kind}], .p-modal button[class*={kind}]", seconds)
-            return
-        except AssertionError:
-            continue
-    raise AssertionError(browser.evaluate("(document.querySelector('[role=dialog], .p-modal') || {}).outerHTML"))
+    browser.click(None, ".p-modal__footer button:not(.p-modal__close-button)")
 
 
 def test_the_deployments_are_seen(browser: Browser, up: Up) -> None:
