@@ -52,7 +52,7 @@ class Browser:
         port = port_file.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60) as answer:
             page = next(t for t in json.load(answer) if t["type"] == "page")
-        self._socket = connect(page["webSocketDebuggerUrl"], max_size=None, open_timeout=60)
+        self._socket = connect(page["webSocketDebuggerUrl"], max_size=None, open_timeout=60, ping_interval=None)
         self._number = 0
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
