@@ -88,7 +88,7 @@ class Site:
         """End the newest process of this name as a service manager does, if it runs."""
         if name in self._named and self._named[name].poll() is None:
             self._named[name].terminate()
-            self._named[name].wait(30)
+            self._named[name].wait(120)
 
     def prefect(self, *arguments: str) -> str:
         command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
@@ -107,7 +107,7 @@ class Site:
         for process, log in reversed(self._processes):
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -2,10 +2,12 @@
 CUDA, and all keep to the common subset of kernels/README.md. The texts are taken as the operations launch them.
 """
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -229,28 +231,20 @@ def test_nvcc_compiles_the_cuda_texts(launches: list[Launch], tmp_path: Path) ->
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc here")
-    running = []
-    for number, call in enumerate(launches):
-        path = tmp_path / f"{call.kernel.name}-{number}.cu"
-        path.write_text(cuda_source(call))
-        command = [
-            nvcc,
-            "-std=c++17",
-            "-arch=sm_90",
-            "-cubin",
-            "-Xptxas",
-            "-v",
-            str(path),
-            "-o",
-            str(path.with_suffix(".cubin")),
-        ]
-        running.append((call, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
-    for call, process in running:
-        said = process.communicate()[0]
-        assert process.returncode == 0, f"{call.kernel.name} {call.template}\n{said}"
-        spilled = re.search(r"(\d+) bytes spill stores", said)
-        assert spilled, said
-        assert int(spilled[1]) == 0, f"{call.kernel.name} {call.template} spills registers\n{said}"
+
+    def compiled(number: int) -> subprocess.CompletedProcess[str]:
+        path = tmp_path / f"{launches[number].kernel.name}-{number}.cu"
+        path.write_text(cuda_source(launches[number]))
+        command = [nvcc, "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", path, "-o", path.with_suffix(".cubin")]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # not all at once: they would starve the tests beside them
+        for call, done in zip(launches, pool.map(compiled, range(len(launches))), strict=True):
+            said = done.stdout
+            assert done.returncode == 0, f"{call.kernel.name} {call.template}\n{said}"
+            spilled = re.search(r"(\d+) bytes spill stores", said)
+            assert spilled, said
+            assert int(spilled[1]) == 0, f"{call.kernel.name} {call.template} spills registers\n{said}"
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.metal")), ids=lambda p: p.stem)
