@@ -145,10 +145,13 @@ class MagellanoLM(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """-log p(target) [B, T] in nats and whether the target was the likeliest token [B, T]; no gradient."""
         h_BTD = self.hidden(tokens_BT, reset_BT)
-        x_MD, w, u_Mr, b_Vr = self.head.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
-        ones = mx.ones((x_MD.shape[0],))
-        nll_M, correct_M = token_scores(x_MD, w, targets_BT.reshape(-1), ones, u_Mr, b_Vr, chunk)
+        nll_M, correct_M = self.hidden_scores(h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), chunk)
         return nll_M.reshape(tokens_BT.shape), correct_M.reshape(tokens_BT.shape)
+
+    def hidden_scores(self, h_MD: mx.array, target_M: mx.array, chunk: int = 512) -> tuple[mx.array, mx.array]:
+        """The same from final hidden states, [M] each."""
+        x_MD, w, u_Mr, b_Vr = self.head.head(h_MD)
+        return token_scores(x_MD, w, target_M, mx.ones((x_MD.shape[0],)), u_Mr, b_Vr, chunk)
 
     def expert_counts(self, tokens_BT: mx.array, reset_BT: mx.array) -> list[list[int]]:
         """Token copies per expert for each MoE layer, in order."""
