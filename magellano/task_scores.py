@@ -4,7 +4,7 @@ from typing import Any
 
 from magellano.report import Table
 
-BETTER = {True: " (more is better)", False: " (less is better)", None: ""}
+BETTER = {True: " ↑", False: " ↓", None: ""}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -12,18 +12,18 @@ def table(rows: list[dict[str, Any]]) -> Table:
     lines = []
     for row in rows:
         kept = "" if row["filter"] == "none" else f", {row['filter']}"
-        samples = "" if row["samples"] is None else f", {row['samples']:,} samples"
         base, tuned = row["base"], row["fine_tuned"]
         change = "" if base is None or tuned is None else _with_error(tuned - base, row["change_stderr"], "+")
         lines.append((
-            f"{row['task']}{samples}",
+            row["task"],
+            "" if row["samples"] is None else f"{row['samples']:,}",
             f"{row['metric']}{kept}{BETTER[row['higher_is_better']]}",
             _with_error(base, row["base_stderr"]),
             _with_error(tuned, row["fine_tuned_stderr"]),
             change,
         ))  # fmt: skip
-    columns = ("task", "measure", "base", "fine-tuned", "change")
-    return Table("Tasks of lm-eval, with standard errors", columns, tuple(lines), numbers=False)
+    columns = ("task", "samples", "measure", "base", "fine-tuned", "change")
+    return Table("Tasks of lm-eval, with standard errors (↑ more is better)", columns, tuple(lines), numbers=False)
 
 
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str:

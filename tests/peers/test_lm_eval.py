@@ -154,7 +154,7 @@ def test_base_against_fine_tuned(made: Any, folder: Path, tmp_path: Path, monkey
     assert rows["read", "bits_per_byte"]["fine_tuned"] != rows["read", "bits_per_byte"]["base"]
     assert rows["pick", "acc"]["samples"] == len(QUESTIONS)
     page = (tmp_path / "evaluation.md").read_text()
-    assert "| pick, 6 samples | acc (more is better) |" in page
+    assert "| pick | 6 | acc ↑ |" in page
     assert page.count(" ± ") >= 6
 
 
