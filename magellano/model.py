@@ -12,7 +12,7 @@ from magellano.layout import EMBEDDING, HEAD, ParamSpec, layer_parameters, param
 from magellano.linear import Embedding, Projection, Weight, array
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE, RouterState
-from magellano.names import LayerKind
+from magellano.names import FinalNorm, LayerKind
 from magellano.ops import token_scores
 from magellano.ops.cross_entropy import Renyi, objective_and_nll
 from magellano.ops.moe import Room
@@ -35,6 +35,17 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * weight + bias, in float32 inside (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, weight: mx.array, bias: mx.array, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype), self.eps)
 
 
 class Layer(nn.Module):
@@ -78,7 +89,12 @@ class Backbone(nn.Module):
         specs = {spec.name: spec for spec in parameters(config)}
         self.embeddings = Embedding(source(specs[EMBEDDING]))
         self.layers = [Layer(config, index, source) for index in range(config.n_layers)]
-        self.norm_f = RMSNorm(array(source(specs["backbone.norm_f.weight"])), config.norm_eps)
+        weight = array(source(specs["backbone.norm_f.weight"]))
+        if config.final_norm is FinalNorm.LAYER:
+            bias = array(source(specs["backbone.norm_f.bias"]))
+            self.norm_f: RMSNorm | LayerNorm = LayerNorm(weight, bias, config.norm_eps)
+        else:
+            self.norm_f = RMSNorm(weight, config.norm_eps)
 
 
 class MagellanoLM(nn.Module):
