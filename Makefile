@@ -27,10 +27,14 @@ test: lint
 
 # Against the real packages that models are exchanged with, which are no dependency (the extra `exchange`).
 peers: .venv/peers
-	@$(PY) -m pytest tests/peers tests/test_examples.py
+	@$(PY) -m pytest tests/peers tests/test_examples.py::test_import_a_mamba
 
+# Some packages come as sources alone: they are built with the setuptools that the lock above pins, not with one that pip fetches.
 .venv/peers: .venv/installed requirements-peers.lock
-	@$(PIP) install --no-deps --require-hashes -r requirements-peers.lock
+	@echo "installing what models are exchanged with into .venv (a minute or two)"
+	@$(PIP) install --no-deps --require-hashes --no-build-isolation -r requirements-peers.lock || { \
+		echo "make: of torch on Linux the lock takes a CPU build alone: tell pip where one is," \
+		"as PIP_FIND_LINKS=FOLDER or PIP_EXTRA_INDEX_URL=URL, and call make peers again" >&2; exit 1; }
 	@touch $@
 
 # Half an hour or more: kills, injected faults, damage, no network. A share of it is among the tests.

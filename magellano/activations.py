@@ -1,7 +1,7 @@
 """Whether layers are made again in the backward pass, or their activations kept: a third of a step's time against
 memory.
 
-Shapes: D d_model, I d_inner, N d_state, R dt_rank, F d_ff; rows = batch * length.
+Shapes: D d_model, I d_inner, N d_state, R dt_rank, F what w1 makes; rows = batch * length.
 """
 
 from magellano.backend import compute_dtype, mx, nn, on_gpu, tree_flatten
@@ -57,7 +57,7 @@ def kept(config: ModelConfig, rows: int, width: int) -> int:
 
 def _values(c: ModelConfig, kind: LayerKind) -> int:
     """A row's activations in one layer; what an adapter adds is thin, and its operations keep nothing else."""
-    d, i, f = c.d_model, c.d_inner, c.d_ff
+    d, i, f = c.d_model, c.d_inner, c.d_up
     if kind is LayerKind.MAMBA:
         # projections to 2I, R + 2N, I and D; both streams cut out, after the convolution, after the scan; norm, sum
         return 7 * i + c.dt_rank + 2 * c.d_state + 3 * d

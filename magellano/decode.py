@@ -7,12 +7,13 @@ Shapes: B sequences, D d_model, I d_inner, N d_state, R dt_rank, V vocabulary, k
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from magellano.backend import mx, tree_flatten
 from magellano.linear import Adapted, Embedding, ExpertProjection, Projection
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE
+from magellano.names import FinalNorm, Gate
 from magellano.nf4 import NF4Stack, NF4Tensor
 from magellano.ops import launch, selective_scan
 from magellano.ops.around import Around
@@ -88,7 +89,11 @@ class Decoder:
         return embedding(tokens_B[:, None]).squeeze(1).astype(dtype)
 
     def _logits(self, h_BD: mx.array) -> mx.array:
-        norm = _norm(self.model.backbone.norm_f)
+        final, norm = self.model.backbone.norm_f, Around()
+        if self.model.config.final_norm is FinalNorm.RMS:
+            norm = _norm(cast("RMSNorm", final))
+        else:
+            h_BD = final(h_BD)
         if self.head is not None:
             return matvec(h_BD, self.head, None, norm, mx.float32)
         return _adapted(self.model.head, h_BD, norm, mx.float32)
@@ -135,7 +140,8 @@ def _moe(layer: "Layer") -> Step:
     def whole(h_BD: mx.array, _: MambaState | None) -> tuple[mx.array, MambaState | None]:
         return h_BD + mixer(layer.norm(h_BD[:, None]))[0].squeeze(1), None
 
-    return step if w1.takes_each and w2.takes_each else whole
+    ours = not mixer.config.hidden.gated and mixer.config.gate is Gate.SOFTMAX
+    return step if ours and w1.takes_each and w2.takes_each else whole
 
 
 def _merges(projection: Adapted) -> bool:

@@ -17,7 +17,9 @@ import numpy as np
 
 from magellano.backend import mx
 from magellano.data.shards import Batch, Shards
+from magellano.decode import flat
 from magellano.errors import InputError
+from magellano.generate import prompt_chunk
 from magellano.model import MagellanoLM
 from magellano.progress import Progress
 
@@ -122,6 +124,50 @@ def _add_counts(total: list[np.ndarray], counts: Sequence[Sequence[int]]) -> Non
         return
     for t, c in zip(total, counts, strict=False):
         t += np.asarray(c, dtype=np.int64)
+
+
+def log_likelihoods(
+    model: MagellanoLM, rows: Sequence[Sequence[int]], counted: Sequence[int], batch: int, progress: Progress
+) -> list[tuple[float, bool]]:
+    """Of the last counted[n] tokens of each row, given what is before them: the sum of log p, nats, and whether each
+    was the likeliest. A row has at least one token more than are counted.
+
+    Rows are padded on their right, where nothing that counts can see it, the longest first, and read in pieces that
+    carry the state, so that memory does not grow with their length; the head sees what is counted alone.
+    """
+    order = sorted((n for n in range(len(rows)) if counted[n]), key=lambda n: -len(rows[n]))
+    made = [(0.0, True)] * len(rows)
+    for first in range(0, len(order), batch):
+        group = order[first : first + batch]
+        width = len(rows[group[0]]) - 1
+        tokens_BT, targets_BT = np.zeros((2, len(group), width), np.int32)
+        counted_BT = np.zeros((len(group), width), bool)
+        for b, n in enumerate(group):
+            length = len(rows[n]) - 1
+            assert counted[n] <= length, "nothing stands before the first counted token"
+            tokens_BT[b, :length], targets_BT[b, :length] = rows[n][:-1], rows[n][1:]
+            counted_BT[b, length - counted[n] : length] = True
+        for n, one in zip(group, _log_likelihoods(model, tokens_BT, targets_BT, counted_BT), strict=True):
+            made[n] = one
+        progress(min(first + batch, len(order)), len(order))
+    return made
+
+
+def _log_likelihoods(
+    model: MagellanoLM, tokens_BT: np.ndarray, targets_BT: np.ndarray, counted_BT: np.ndarray
+) -> list[tuple[float, bool]]:
+    state, piece = model.initial_state(len(tokens_BT)), prompt_chunk()
+    nll_BT, correct_BT = np.zeros(tokens_BT.shape), np.ones(tokens_BT.shape, bool)
+    for at in range(0, tokens_BT.shape[1], piece):
+        here = np.s_[:, at : at + piece]
+        h_BTD, state = model.advance(mx.array(tokens_BT[here]), state)
+        rows = np.flatnonzero(counted_BT[here])
+        if rows.size:
+            h_MD = h_BTD.reshape(-1, h_BTD.shape[-1])[mx.array(rows)]
+            nll_M, correct_M = model.hidden_scores(h_MD, mx.array(targets_BT[here].reshape(-1)[rows]))
+            nll_BT[here][counted_BT[here]], correct_BT[here][counted_BT[here]] = np.array(nll_M), np.array(correct_M)
+        mx.eval(flat(state))
+    return [(-float(nll.sum()), bool(correct.all())) for nll, correct in zip(nll_BT, correct_BT, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from magellano import hf_tokenizer, layout, loader, merge, writing
 from magellano.backend import mx
+from magellano.errors import InputError
 from magellano.model import MagellanoLM
 from magellano.tokenizer import Tokenizer
 
@@ -26,8 +27,11 @@ def mlx_lm(folder: Path, model: MagellanoLM, tokenizer: Tokenizer, dtype: str, c
     """Write `model`, adapters merged, for mlx-lm into `folder`, which must be empty or missing; whole or not at all.
 
     `dtype`: of the weights, and so of what mlx-lm computes in; A_log, D, biases and the router stay float32. `chat`:
-    with our chat template. One shard is in memory at a time. InputError for a folder with something in it.
+    with our chat template. One shard is in memory at a time. InputError for a BlackMamba and for a folder with
+    something in it.
     """
+    if not model.config.of_its_own:
+        raise InputError("--to mlx-lm: a BlackMamba's gated experts, sigmoid gates and LayerNorm are not known there")
     size = {"float32": 4}.get(dtype, 2) * layout.count(model.config)
     with writing.folder(folder, size) as own:
         written = loader.write_tensors(own, merge.tensors(model, DTYPES[dtype]))

@@ -55,7 +55,7 @@ def read(folder: Path) -> Foreign:
     path = folder / loader.CONFIG
     data = files.read_json(path, REMEDY)
     if "mamba_moe_layers" in data:
-        raise InputError(f"{path}: a BlackMamba, whose sigmoid gates and gated experts are not known here yet")
+        raise InputError(f"{path}: a BlackMamba: magellano.blackmamba reads it, `magellano import` for you")
     kind = data.get("model_type")
     if kind not in KINDS:
         raise InputError(f"{path}: model_type {files.shown(kind)} is not one of {', '.join(KINDS)}; {REMEDY}")

@@ -20,6 +20,7 @@ from magellano.mamba import Mamba
 from magellano.model import Layer, MagellanoLM
 from magellano.moe import MoE
 from magellano.nf4 import NF4Stack, NF4Tensor
+from magellano.ops import gated
 from magellano.ops.moe import route
 
 CHUNK = 256  # rows whose logits exist at once
@@ -114,15 +115,15 @@ def _moe(layer: Layer, states: list[mx.array]) -> dict[str, Moment]:
     mixer = layer.mixer
     assert isinstance(mixer, MoE)
     u_MD = mx.concatenate([layer.norm(h).reshape(-1, h.shape[-1]) for h in states])
-    logits_ME = u_MD.astype(mx.float32) @ mixer.router.weight.astype(mx.float32).T
-    expert_Mk = np.array(route(logits_ME, mixer.config.top_k).expert_Mk)
+    expert_Mk = np.array(route(mixer.router(u_MD), mixer.config.top_k).expert_Mk)
 
     def seen(e: int) -> mx.array:
         rows = np.flatnonzero((expert_Mk == e).any(axis=1))
         return u_MD[mx.array(rows)] if len(rows) else mx.zeros((1, u_MD.shape[1]))
 
     def hidden(e: int) -> mx.array:
-        return mx.maximum(seen(e).astype(mx.float32) @ merge.piece(mixer.experts.w1, e).T, 0)
+        h = seen(e).astype(mx.float32) @ merge.piece(mixer.experts.w1, e).T
+        return gated.forward(h, mixer.config.hidden)
 
     return {
         "experts.w1": lambda e: requantize.moment(seen(e)),

@@ -41,6 +41,8 @@ def _draw(spec: ParamSpec, shape: tuple[int, ...], k: mx.array) -> mx.array:
             return mx.random.uniform(-bound, bound, shape, key=k)
         case Init.ONES:
             return mx.ones(shape)
+        case Init.ZEROS:
+            return mx.zeros(shape)
         case Init.A_LOG:
             return mx.broadcast_to(mx.log(mx.arange(1, shape[1] + 1, dtype=mx.float32)), shape)
         case Init.DT_BIAS:

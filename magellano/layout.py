@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from magellano.names import LayerKind, LoraTarget
+from magellano.names import FinalNorm, Gate, LayerKind, LoraTarget
 from magellano.profile import LoraConfig, ModelConfig
 
 EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
@@ -24,6 +24,7 @@ class Init(StrEnum):
     EMBEDDING = "embedding"  # N(0, 0.02)
     UNIFORM = "uniform"  # U(-b, b), b = scale / sqrt(fan_in)
     ONES = "ones"
+    ZEROS = "zeros"
     A_LOG = "a_log"  # log(1 .. N) for every channel
     DT_BIAS = "dt_bias"  # softplus(value) log-uniform in [1e-3, 1e-1]
 
@@ -55,6 +56,8 @@ def parameters(config: ModelConfig) -> list[ParamSpec]:
     for layer in range(config.n_layers):
         specs += layer_parameters(config, layer)
     specs.append(ParamSpec("backbone.norm_f.weight", (config.d_model,), Init.ONES))
+    if config.final_norm is FinalNorm.LAYER:
+        specs.append(ParamSpec("backbone.norm_f.bias", (config.d_model,), Init.ZEROS))
     return specs if config.tied else [*specs, ParamSpec(HEAD, vocabulary, target=LoraTarget.HEAD)]
 
 
@@ -81,7 +84,9 @@ def _mamba(c: ModelConfig, at: str) -> Iterator[ParamSpec]:
 def _moe(c: ModelConfig, at: str) -> Iterator[ParamSpec]:
     e, d, f = c.n_experts, c.d_model, c.d_ff
     yield ParamSpec(f"{at}.router.weight", (e, d))
-    yield ParamSpec(f"{at}.experts.w1.weight", (e, f, d), target=LoraTarget.W1)
+    if c.gate is Gate.SIGMOID:
+        yield ParamSpec(f"{at}.router.bias", (e,), Init.ZEROS)
+    yield ParamSpec(f"{at}.experts.w1.weight", (e, c.d_up, d), target=LoraTarget.W1)
     yield ParamSpec(f"{at}.experts.w2.weight", (e, d, f), scale=1 / math.sqrt(c.n_layers), target=LoraTarget.W2)
 
 

@@ -12,7 +12,7 @@ from magellano.layout import EMBEDDING, HEAD, ParamSpec, layer_parameters, param
 from magellano.linear import Embedding, Projection, Weight, array
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE, RouterState
-from magellano.names import LayerKind
+from magellano.names import FinalNorm, LayerKind
 from magellano.ops import token_scores
 from magellano.ops.cross_entropy import Renyi, objective_and_nll
 from magellano.ops.moe import Room
@@ -35,6 +35,17 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight.astype(x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * weight + bias, in float32 inside (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, weight: mx.array, bias: mx.array, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype), self.eps)
 
 
 class Layer(nn.Module):
@@ -78,7 +89,12 @@ class Backbone(nn.Module):
         specs = {spec.name: spec for spec in parameters(config)}
         self.embeddings = Embedding(source(specs[EMBEDDING]))
         self.layers = [Layer(config, index, source) for index in range(config.n_layers)]
-        self.norm_f = RMSNorm(array(source(specs["backbone.norm_f.weight"])), config.norm_eps)
+        weight = array(source(specs["backbone.norm_f.weight"]))
+        if config.final_norm is FinalNorm.LAYER:
+            bias = array(source(specs["backbone.norm_f.bias"]))
+            self.norm_f: RMSNorm | LayerNorm = LayerNorm(weight, bias, config.norm_eps)
+        else:
+            self.norm_f = RMSNorm(weight, config.norm_eps)
 
 
 class MagellanoLM(nn.Module):
@@ -145,10 +161,13 @@ class MagellanoLM(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """-log p(target) [B, T] in nats and whether the target was the likeliest token [B, T]; no gradient."""
         h_BTD = self.hidden(tokens_BT, reset_BT)
-        x_MD, w, u_Mr, b_Vr = self.head.head(h_BTD.reshape(-1, h_BTD.shape[-1]))
-        ones = mx.ones((x_MD.shape[0],))
-        nll_M, correct_M = token_scores(x_MD, w, targets_BT.reshape(-1), ones, u_Mr, b_Vr, chunk)
+        nll_M, correct_M = self.hidden_scores(h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), chunk)
         return nll_M.reshape(tokens_BT.shape), correct_M.reshape(tokens_BT.shape)
+
+    def hidden_scores(self, h_MD: mx.array, target_M: mx.array, chunk: int = 512) -> tuple[mx.array, mx.array]:
+        """The same from final hidden states, [M] each."""
+        x_MD, w, u_Mr, b_Vr = self.head.head(h_MD)
+        return token_scores(x_MD, w, target_M, mx.ones((x_MD.shape[0],)), u_Mr, b_Vr, chunk)
 
     def expert_counts(self, tokens_BT: mx.array, reset_BT: mx.array) -> list[list[int]]:
         """Token copies per expert for each MoE layer, in order."""

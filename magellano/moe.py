@@ -1,4 +1,4 @@
-"""The mixture-of-experts mixer: dropless top-k routing over two-layer experts w2(relu(w1(x))).
+"""The mixture-of-experts mixer: dropless top-k routing over two-layer experts w2(relu(w1(x))), or gated ones.
 
 Shapes: B batch, T time, D d_model, E experts, F d_ff, k experts per token, M = B*T tokens.
 """
@@ -10,8 +10,9 @@ import numpy as np
 
 from magellano.backend import mx, nn
 from magellano.linear import ExpertProjection, Weight, array
+from magellano.names import Gate
 from magellano.ops.experts import feed_forward
-from magellano.ops.moe import Room, places, route
+from magellano.ops.moe import Room, Routing, places, route
 from magellano.profile import ModelConfig
 
 
@@ -23,11 +24,18 @@ class RouterState(NamedTuple):
 
 
 class Router(nn.Module):
-    """Holds the router's weight [E, D], never quantised."""
+    """Holds the router's weight [E, D] and, where there is one, its bias [E], never quantised."""
 
-    def __init__(self, weight: mx.array):
+    def __init__(self, weight: mx.array, bias: mx.array | None = None):
         super().__init__()
         self.weight = weight
+        if bias is not None:
+            self.bias = bias
+
+    def __call__(self, u_MD: mx.array) -> mx.array:
+        """Logits [M, E] in float32."""
+        logits_ME = u_MD.astype(mx.float32) @ self.weight.astype(mx.float32).T
+        return logits_ME + self.bias.astype(mx.float32) if "bias" in self else logits_ME
 
 
 class Experts(nn.Module):
@@ -44,7 +52,8 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, get: Callable[[str], Weight]):
         super().__init__()
         self.config = config
-        self.router = Router(array(get("router.weight")))
+        bias = array(get("router.bias")) if config.gate is Gate.SIGMOID else None
+        self.router = Router(array(get("router.weight")), bias)
         self.experts = Experts(get("experts.w1.weight"), get("experts.w2.weight"))
 
     def __call__(
@@ -57,22 +66,25 @@ class MoE(nn.Module):
         k, shape = self.config.top_k, u_BTD.shape
         u_MD = u_BTD.reshape(-1, shape[-1])
         # 1. route in float32
-        logits_ME = self._logits(u_MD)
+        logits_ME = self.router(u_MD)
         routing = route(logits_ME, k)
+        gate_Mk = self._gates(logits_ME, routing)
         # 2. a row for each token copy among its expert's
         at = places(routing, room)
         # 3. each expert on its own rows; back to the tokens, weighted by the gates
         w1, w2 = (w.layer(u_MD.dtype, room is not None) for w in (self.experts.w1, self.experts.w2))
-        y_MD = feed_forward(u_MD, routing.gate_Mk, at, w1, w2, unread=unread)
+        y_MD = feed_forward(u_MD, gate_Mk, at, w1, w2, unread=unread, hidden=self.config.hidden)
         return y_MD.reshape(shape), RouterState(self._losses(logits_ME, routing.size_E), routing.size_E)
 
     def counts(self, u_BTD: mx.array) -> list[int]:
         """Token copies per expert, for the reports."""
-        routing = route(self._logits(u_BTD.reshape(-1, u_BTD.shape[-1])), self.config.top_k)
+        routing = route(self.router(u_BTD.reshape(-1, u_BTD.shape[-1])), self.config.top_k)
         return np.array(routing.size_E).tolist()
 
-    def _logits(self, u_MD: mx.array) -> mx.array:
-        return u_MD.astype(mx.float32) @ self.router.weight.astype(mx.float32).T
+    def _gates(self, logits_ME: mx.array, routing: Routing) -> mx.array:
+        if self.config.gate is Gate.SOFTMAX:
+            return routing.gate_Mk
+        return mx.sigmoid(mx.take_along_axis(logits_ME, routing.expert_Mk, axis=1))
 
     def _losses(self, logits_ME: mx.array, size_E: mx.array) -> mx.array:
         """Load balance (Fedus et al. 2021, arXiv 2101.03961; 1 when even) and router z (Zoph et al. 2022, arXiv

@@ -7,7 +7,7 @@ value two or three times. On a GPU layers are compiled and 16 bits wide, a value
 experts of a part are made dense at once, and the head as a whole.
 
 Shapes: B batch, T time, M = B T rows, D d_model, I d_inner, N d_state, R dt_rank, K d_conv, E experts, k of them per
-token, F d_ff, V vocabulary, r LoRA rank, C rows of a chunk of the loss.
+token, F what w1 makes, V vocabulary, r LoRA rank, C rows of a chunk of the loss.
 """
 
 import math
@@ -154,7 +154,7 @@ def _part_rows(s: Sizes) -> int:
 def _moe_forward(s: Sizes) -> Parts:
     """Each row's x, relu and A x stay until the end on a CPU, and y; then the rows of y side by side, and their sum."""
     m, M = s.profile.model, s.rows
-    D, F, r = m.d_model, m.d_ff, s.rank(LoraTarget.W1)
+    D, F, r = m.d_model, m.d_up, s.rank(LoraTarget.W1)
     rows, most = _expert_rows(s)
     if s.gpu:
         layer = s.width * (2 * M * D + rows * (2 * D + F + r) + _part_rows(s) * F)
@@ -166,7 +166,7 @@ def _moe_forward(s: Sizes) -> Parts:
 def _moe_backward(s: Sizes, adapters: list[int]) -> Parts:
     """Each row's x, relu and A x, and the gradients dy, dh and dx stay until the adapter's gradients are made."""
     m, M = s.profile.model, s.rows
-    D, F, r = m.d_model, m.d_ff, max(s.rank(LoraTarget.W1), s.rank(LoraTarget.W2))
+    D, F, r = m.d_model, m.d_up, max(s.rank(LoraTarget.W1), s.rank(LoraTarget.W2))
     rows, most = _expert_rows(s)
     if s.gpu:  # and the adapter in 16 bits; of one part at a time dy, da and dh, and one of its weights
         layer = s.width * (4 * M * D + rows * (2 * D + F + 4 * r) + _part_rows(s) * (D + 2 * F) + sum(adapters))

@@ -53,6 +53,32 @@ class Fault(StrEnum):
     CRASHED = "crashed"
 
 
+class Hidden(StrEnum):
+    """What an expert does between its layers; the gated ones with two halves of the first one's output, act(a) * b."""
+
+    RELU = "relu"
+    SWIGLU = "swiglu"
+    GEGLU = "geglu"
+
+    @property
+    def gated(self) -> bool:
+        return self is not Hidden.RELU
+
+
+class Gate(StrEnum):
+    """What weighs an expert's output: a softmax over the chosen, or each one's own sigmoid, the router with a bias."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+class FinalNorm(StrEnum):
+    """What stands before the head."""
+
+    RMS = "rms"
+    LAYER = "layer"  # with mean and bias
+
+
 class LayerKind(StrEnum):
     """What the mixer of a layer is."""
 

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from magellano.data import rules
 from magellano.errors import InputError
@@ -21,59 +21,18 @@ from magellano.names import (
     DataFormat,
     DataRender,
     Event,
-    LayerKind,
     LoraTarget,
     LossKind,
     Recompute,
     StateDtype,
 )
+from magellano.shape import ModelConfig, NonNegative, Positive, Section
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 
-Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
 Target = Annotated[LoraTarget, Field(strict=False)]  # TOML and JSON give strings
 Told = Annotated[Event, Field(strict=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelConfig(Section):
-    """The Mamba-MoE hybrid's shape. Layer l (from 0) is MoE where l % moe_every == moe_every - 1, else Mamba."""
-
-    d_model: Positive  # D
-    n_layers: Positive
-    n_experts: Positive = 8  # E
-    top_k: Positive = 2
-    d_ff: Positive  # F
-    d_state: Positive = 16  # N
-    d_conv: Positive = 4  # K
-    expand: Positive = 2
-    dt_rank: Positive = 16  # R
-    vocab_size: Annotated[int, Field(ge=257, le=1 << 16)] = 50257  # V: 256 bytes and end-of-text; 16-bit ids
-    moe_every: Positive = 4
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    dt_norm_eps: NonNegative = 0.0  # above 0: dt, B and C are normed, without weights (Falcon-Mamba)
-    tied: bool = True  # the head is the embedding
-
-    @property
-    def d_inner(self) -> int:
-        return self.expand * self.d_model  # I
-
-    def kind(self, layer: int) -> LayerKind:
-        """What layer `layer` (from 0) is."""
-        return LayerKind.MOE if layer % self.moe_every == self.moe_every - 1 else LayerKind.MAMBA
-
-    @model_validator(mode="after")
-    def _possible(self) -> "ModelConfig":
-        if self.top_k > self.n_experts:
-            raise ValueError(f"top_k {self.top_k} is more than n_experts {self.n_experts}; lower top_k")
-        if self.moe_every < 2:
-            raise ValueError("moe_every must be 2 or more: with 1 no layer would be a Mamba layer")
-        return self
 
 
 class BaseConfig(Section):

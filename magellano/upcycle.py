@@ -25,6 +25,7 @@ Take = Callable[[ParamSpec], mx.array]  # a tensor of the model that is upcycled
 def check(old: ModelConfig, new: ModelConfig) -> None:
     """InputError unless `new` can start from `old`."""
     same = {"d_model", "d_state", "d_conv", "expand", "dt_rank", "vocab_size", "norm_eps", "dt_norm_eps", "tied"}
+    same |= {"hidden", "gate", "final_norm"}
     for key in sorted(same):
         if getattr(old, key) != getattr(new, key):
             raise InputError(

@@ -8,7 +8,10 @@ import pytest
 
 from magellano.backend import mx
 from magellano.errors import InputError
-from magellano.evaluate import ExpertUse, Scores, Verdict, examples, score
+from magellano.evaluate import ExpertUse, Scores, Verdict, examples, log_likelihoods, score
+from magellano.model import MagellanoLM, seeded
+from magellano.progress import silent
+from tests import models
 
 END = 9
 BYTES = np.array([1, 2, 3, 4, 1, 1, 1, 1, 1, 0])
@@ -184,3 +187,23 @@ def test_as_many_examples_as_asked_for_and_the_same_each_time():
     assert len({e.prompt for e in first}) > 1
     assert first == examples(held_out, END, 4)
     assert examples(held_out, END, 0) == []
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_log_likelihoods_do_not_see_padding_or_pieces(dtype: str, bound: float):
+    """Per token, against all logits of each row alone; the longest row is read in two pieces."""
+    model = MagellanoLM(models.TINY, seeded(3), getattr(mx, dtype))
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 300, n).tolist() for n in (5, 300, 2, 40, 1)]
+    counted = [2, 280, 1, 39, 0]
+    got = log_likelihoods(model, rows, counted, 3, silent)
+    for row, last, (total, greedy) in zip(rows, counted, got, strict=True):
+        if not last:
+            assert (total, greedy) == (0.0, True)
+            continue
+        logits_TV = np.array(model(mx.array([row[:-1]]))[0].astype(mx.float32)).astype(np.float64)[-last:]
+        p_TV = logits_TV - np.log(np.exp(logits_TV).sum(1, keepdims=True))
+        wanted = np.array(row[-last:])
+        assert total / last == pytest.approx(p_TV[np.arange(last), wanted].mean(), abs=bound)
+        if dtype == "float32":
+            assert greedy == bool((logits_TV.argmax(1) == wanted).all())

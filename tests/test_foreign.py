@@ -1,19 +1,22 @@
 """Folders as transformers writes them, made by hand: what is read, what is refused. The real one: tests/peers."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from magellano import cli, foreign, loader, nf4
+from magellano import blackmamba, cli, export, foreign, loader, nf4
 from magellano.backend import mx
 from magellano.errors import InputError
 from magellano.layout import HEAD, parameters
 from magellano.model import MagellanoLM, seeded
-from magellano.names import LoraTarget
+from magellano.names import Gate, Hidden, LayerKind, LoraTarget
 from magellano.profile import ModelConfig, load_profile
+from magellano.tokenizer import Tokenizer
+from tests import models
 
 CONFIG = {
     "model_type": "mamba", "vocab_size": 300, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2,
@@ -170,3 +173,50 @@ def test_a_profile_trains_no_head_of_its_own():
 def test_the_largest_sizes_hold_here_too():
     with pytest.raises(ValueError, match="d_state"):
         loader.check_sizes(SHAPE.model_copy(update={"d_state": 1 << 13}))
+
+
+BLACK = {
+    "num_layers": 4, "hidden_size": 32, "state_size": 4, "conv_dimension": 4, "vocab_size": 300, "expansion_factor": 2,
+    "mamba_moe_layers": ["r", "8", "r", "8"], "ffn_hidden_size": 48, "add_bias_linear": False, "swiglu": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"add_bias_linear": True}, "add_bias_linear is True"),
+        ({"swiglu": False}, "swiglu is False"),
+        ({"routing_mode": "top1"}, "routing_mode"),
+        ({"mamba_moe_layers": ["r", "8", "8", "r"]}, "mamba_moe_layers"),
+        ({"mamba_moe_layers": ["r", "1", "r", "1"]}, "mamba_moe_layers"),
+        ({"mamba_moe_layers": ["8", "8", "8", "8"]}, "moe_every"),
+        ({"mamba_moe_layers": ["r", "8"]}, "num_layers"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"ffn_hidden_size": None}, "d_ff"),
+    ],
+)
+def test_blackmambas_that_are_not_known(changes: dict[str, Any], told: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(BLACK))
+    assert blackmamba.read(tmp_path, "silu").config.kind(1) is LayerKind.MOE
+    (tmp_path / "config.json").write_text(json.dumps(BLACK | changes))
+    with pytest.raises(InputError, match=told):
+        blackmamba.read(tmp_path, "silu")
+
+
+def test_a_blackmamba_asks_for_its_gates_and_for_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "config.json").write_text(json.dumps(BLACK))
+    (tmp_path / blackmamba.WEIGHTS).write_bytes(b"")
+    argv = ["import", str(tmp_path), str(tmp_path / "out")]
+    for more, told in (([], "--glu silu or --glu gelu"), (["--glu", "gelu"], "torch reads it, which is not installed")):
+        assert cli.main([*argv, *more]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_mlx_lm_does_not_know_is_not_exported(tmp_path: Path):
+    config = models.TINY.model_copy(update={"gate": Gate.SIGMOID, "hidden": Hidden.GEGLU})
+    with pytest.raises(InputError, match="gated experts"):
+        export.mlx_lm(tmp_path / "out", MagellanoLM(config), Tokenizer(300), "float32", False)

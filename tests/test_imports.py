@@ -16,7 +16,9 @@ HEAVY = {
     "pandas": "magellano/data",
     "pandera": "magellano/data",
     "matplotlib": "magellano/report.py",
+    "lm_eval": "magellano/harness.py",
 }
+OF_AN_EXTRA = {"magellano/harness.py": "magellano/commands/evaluate.py"}  # cannot be imported without it; who may do so
 
 
 def imports(path: Path) -> set[str]:
@@ -63,6 +65,12 @@ def test_imports_point_one_way(path):
         assert fits or not reaches(path, package), f"{name(path)} imports {package}: only {where} may"
 
 
+@pytest.mark.parametrize("path", OF_AN_EXTRA)
+def test_what_needs_an_extra_is_imported_by_one_command(path: str):
+    module = path.removesuffix(".py").replace("/", ".")
+    assert [name(p) for p in FILES if reaches(p, module)] == [OF_AN_EXTRA[path]]
+
+
 def above_ops() -> list[str]:
     """The core's modules, but for what operations stand on: preparation, errors, names and the NF4 container."""
     below = {"backend", "errors", "names", "nf4", "ops"}
@@ -91,10 +99,10 @@ def test_the_core_works_without_the_pipelines_packages():
     modules = [
         ".".join(p.relative_to(ROOT).with_suffix("").parts)
         for p in FILES
-        if name(p).startswith("magellano/") and p.stem not in {"__main__", "__init__"}
+        if name(p).startswith("magellano/") and p.stem not in {"__main__", "__init__"} and name(p) not in OF_AN_EXTRA
     ]
     code = f"import importlib\nfor name in {modules!r}: importlib.import_module(name)\nprint('fine')"
-    absent = {"prefect", "datasets", "pandas", "pandera", "matplotlib"}
+    absent = {"prefect", "datasets", "pandas", "pandera", "matplotlib", "lm_eval", "torch"}
     assert in_a_process_without(absent, code).endswith("fine\n")
 
 

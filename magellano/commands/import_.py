@@ -16,9 +16,11 @@ HELP = "read a Mamba model of transformers, or a PEFT adapter onto one, into a m
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    what = "a Mamba or Falcon-Mamba model in safetensors, or a model folder made here"
+    what = "a Mamba or Falcon-Mamba model in safetensors, a BlackMamba, or a model folder made here"
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=what)
     parser.add_argument("out", type=Path, metavar="OUT", help="where to; it must be empty or new")
+    glu = "of a BlackMamba's experts: its paper says silu (SwiGLU), its authors' code computes gelu"
+    parser.add_argument("--glu", choices=("silu", "gelu"), help=glu)
     base = "with a PEFT adapter as FOLDER: the imported model that it is merged into"
     parser.add_argument("--base", type=Path, metavar="MODEL", help=base)
     grow = parser.add_argument_group("sparse upcycling: the same logits, with experts to train")
@@ -31,20 +33,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from magellano import files, foreign, loader, lora, upcycle, writing
+    from magellano import blackmamba, files, foreign, loader, lora, upcycle, writing
     from magellano.errors import InputError
 
     if args.base is not None:
         return _adapter(args)
     if (args.folder / lora.CONFIG).exists():
         raise InputError(f"{args.folder}: an adapter; say what it is for: --base MODEL, a folder that import wrote")
-    known = files.read_json(args.folder / loader.CONFIG, foreign.REMEDY).get("model_type")
-    if known == "magellano":
+    known = files.read_json(args.folder / loader.CONFIG, foreign.REMEDY)
+    if args.glu is not None and blackmamba.MARK not in known:
+        raise InputError(f"--glu {args.glu}: {args.folder} is no BlackMamba; leave it out")
+    if known.get("model_type") == "magellano":
         if args.experts is None:
             raise InputError(f"{args.folder}: a model of this project already; --experts grows experts on it")
         config, take, tokenizer = _ours(args.folder)
     else:
-        model = foreign.read(args.folder)
+        here = blackmamba.MARK in known
+        model = blackmamba.read(args.folder, args.glu) if here else foreign.read(args.folder)
         config, take, tokenizer = model.config, model.source(), _tokenizer(model)
     new = config if args.experts is None else grown(config, args)
     with writing.folder(args.out) as own:

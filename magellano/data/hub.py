@@ -22,6 +22,14 @@ def network() -> Any:
     return datasets
 
 
+def no_network() -> None:
+    """Forbids the hub to `datasets`, also where an earlier import has read otherwise from the environment."""
+    import datasets
+    import huggingface_hub.constants
+
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 @contextmanager
 def _errors(name: str) -> Iterator[Any]:
     """`datasets` with the hub allowed, and what can go wrong there as InputError."""

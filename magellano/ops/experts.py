@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from magellano.backend import mx
+from magellano.names import Hidden
+from magellano.ops import gated
 from magellano.ops.around import Around
 from magellano.ops.decode import matvec
 from magellano.ops.launch import Kernel, gpu_geometry
@@ -59,9 +61,13 @@ class Part:
         """Each row's token, [n, C, D]; zero in padding."""
         return rows(u_MD, self.token_R[:, None]).reshape(len(self.experts), -1, u_MD.shape[1])
 
+    def gates(self, gate_Mk: mx.array) -> mx.array:
+        """Of each row's copy, [R]; of padding anything."""
+        return gate_Mk.reshape(-1)[mx.maximum(self.copy_R, 0)]
+
     def weigh(self, y: mx.array, gate_Mk: mx.array) -> mx.array:
         """Each row times the gate of its copy; padding is zero already."""
-        gate_R = gate_Mk.reshape(-1)[mx.maximum(self.copy_R, 0)]
+        gate_R = self.gates(gate_Mk)
         return y * gate_R.reshape(len(self.experts), -1, 1).astype(y.dtype)
 
 
@@ -139,10 +145,11 @@ class Layer:
 
 
 def feed_forward(
-    u_MD: mx.array, gate_Mk: mx.array, at: Places, w1: Layer, w2: Layer, *, unread: bool = False
-) -> mx.array:
+    u_MD: mx.array, gate_Mk: mx.array, at: Places, w1: Layer, w2: Layer, *, unread: bool = False,
+    hidden: Hidden = Hidden.RELU,
+) -> mx.array:  # fmt: skip
     """The mixture's output y_MD in u's dtype. Differentiable in u, the gates, adapters, and weights that are dense and
-    without an adapter. `unread`: the caller wants gradients only, so y may be left out.
+    without an adapter. `unread`: the caller wants gradients only, so y may be left out. `hidden`: in relu's place.
 
     The gradient of a gate needs no second product: the output is linear in a = relu(h), so it is da . a, where da is
     what the output's gradient becomes at a. Rows come back unweighted, and the gates count once, in the last sum.
@@ -161,8 +168,9 @@ def feed_forward(
             x = part.spread(u_MD)
             # 2. up, and what is positive stays
             h, low1 = first(x, part)
-            a = detached(mx.maximum(h, 0))
-            kept += [value for value in (x, a, low1) if value is not None]
+            a = gated.forward(h, hidden)
+            h = detached(h if hidden.gated else a)
+            kept += [value for value in (x, h, low1) if value is not None]
             # 3. down
             if not unread:
                 y.append(second(a, part)[0])
@@ -177,10 +185,11 @@ def feed_forward(
         kept, dy_MD = iter(outputs[1:]), cotangents[0]
         dx, dgate, found = [], [mx.zeros((0,))], []
         for part in _parts(at):
-            x, a, low1 = next(kept), next(kept), (next(kept) if first.a is not None else None)
+            x, h, low1 = next(kept), next(kept), (next(kept) if first.a is not None else None)
+            a = gated.forward(h, hidden) if hidden.gated else h
             dy = part.spread(dy_MD)
             da, dlow2 = second.back(dy, part)
-            dh, dgate_part = hidden_backward(da, a, gate_Mk, part)
+            dh, dgate_part = hidden_backward(da, h, gate_Mk, part, hidden)
             dx_part, dlow1 = first.back(dh, part)
             dx.append(dx_part)
             dgate.append(dgate_part)
@@ -246,8 +255,12 @@ def _all(found: list[tuple[Part, list[mx.array]]], number: int, like: mx.array, 
     return mx.concatenate([each.get(e, nothing) for e in range(like.shape[0])])
 
 
-def hidden_backward(da: mx.array, a: mx.array, gate_Mk: mx.array, part: Part) -> tuple[mx.array, mx.array]:
-    """dh = gate * da where a > 0, shaped as a, and for each row da . a, float32."""
+def hidden_backward(
+    da: mx.array, a: mx.array, gate_Mk: mx.array, part: Part, hidden: Hidden = Hidden.RELU
+) -> tuple[mx.array, mx.array]:
+    """dh = gate * da where a > 0, shaped as a, and for each row da . a, float32; gated experts give h as `a`."""
+    if hidden.gated:
+        return gated.backward(da, a, part.gates(gate_Mk), hidden)
     width, shape, copy_R = a.shape[-1], a.shape, part.copy_R
     da, a = da.reshape(-1, width), a.reshape(-1, width)
     if plain(da, a, gate_Mk, copy_R):

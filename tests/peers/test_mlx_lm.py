@@ -157,6 +157,7 @@ def command(*argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pair", ["nf4 and an adapter"], indirect=True)  # either folder is the same to a program
 def test_its_commands_run_the_folder(pair: Pair):
     folder = str(pair[3])
     model = ["--model", folder, "--trust-remote-code", "--max-tokens", "6"]
@@ -167,6 +168,7 @@ def test_its_commands_run_the_folder(pair: Pair):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pair", ["nf4 and an adapter"], indirect=True)  # either folder is the same to a program
 def test_its_server_answers(pair: Pair):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,12 +236,16 @@ def test_generate_command(made: Made, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["generate", "tiny", "--prompt", "x", "--top-p", "2"], "top_p"),
         (["generate", "tiny", "--prompt", "x", "--max-tokens", "0"], "max_tokens"),
         (["evaluate", "{base}"], "not a release"),
+        (["evaluate", "tiny", "--tasks", "x"], "lm_eval is not installed; make peers"),
+        (["evaluate", "tiny", "--limit", "3"], "--limit: no task is named"),
+        (["evaluate", "tiny", "--tasks", "x", "--limit", "0"], "limit of 1 or more"),
     ],
 )
 def test_commands_refuse_what_is_no_release(
     argv: list[str], line: str, made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("MAGELLANO_HOME", str(made.home))
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, _, err = command(capsys, *(a.format(base=made.base) for a in argv))
     assert code == 2
     assert line in err
