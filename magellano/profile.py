@@ -11,10 +11,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from magellano.data import rules
 from magellano.errors import InputError
+from magellano.lora_config import LoraConfig
 from magellano.names import (
     BaseSource,
     Compute,
@@ -27,18 +28,11 @@ from magellano.names import (
     Recompute,
     StateDtype,
 )
+from magellano.section import Fraction, NonNegative, Positive, Section
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Target = Annotated[LoraTarget, Field(strict=False)]  # TOML and JSON give strings
-Told = Annotated[Event, Field(strict=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+Told = Annotated[Event, Field(strict=False)]  # TOML and JSON give strings
 
 
 class ModelConfig(Section):
@@ -134,28 +128,6 @@ class QuantizeConfig(Section):
     """NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314)."""
 
     embedding: bool = True  # quantise the tied embedding/head too
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
-
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    rslora: bool = False  # alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)
-    targets: tuple[Target, ...] = Field(default=tuple(LoraTarget), strict=False)
-    ranks: dict[Target, Positive] = Field(default_factory=dict, strict=False)  # where a target's rank differs
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    def rank_of(self, target: LoraTarget) -> int:
-        return self.ranks.get(target, self.rank)
-
-    @model_validator(mode="after")
-    def _targets(self) -> "LoraConfig":
-        if not self.targets:
-            raise ValueError("targets is empty: nothing would train")
-        if extra := set(self.ranks) - set(self.targets):
-            raise ValueError(f"ranks names {sorted(map(str, extra))}, not among targets; add or drop them")
-        return self
 
 
 class LossConfig(Section):

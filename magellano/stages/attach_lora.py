@@ -14,6 +14,6 @@ def run(out: Path, profile: Profile, base: Path) -> dict[str, Any]:
     if config != profile.model:
         raise InputError(f"{base}: its shape is not the profile's [model]; run the quantize stage again")
     tensors = lora.start(config, profile.lora)
-    lora.save(out, config, profile.lora, tensors)
+    lora.save(out, config, profile.lora.model_copy(update={"plus": 1.0}), tensors)  # which is no setting of this stage
     trainable, total = layout.lora_count(config, profile.lora), layout.count(config)
     return {"trainable": trainable, "parameters": total, "share": trainable / total, "tensors": len(tensors)}
