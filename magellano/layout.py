@@ -43,6 +43,11 @@ class ParamSpec:
         return math.prod(self.shape)
 
     @property
+    def layer(self) -> int | None:
+        """The number of the layer that it is in; None: in none."""
+        return int(self.name.split(".")[2]) if self.name.startswith("backbone.layers.") else None
+
+    @property
     def decays(self) -> bool:
         """Weight decay pulls on matrices only, not on norms, biases, A_log or D."""
         return self.target is not None or self.name.endswith("router.weight")
@@ -95,7 +100,7 @@ def lora_shapes(spec: ParamSpec, lora: LoraConfig) -> tuple[tuple[int, ...], tup
     if spec.target is None or spec.target not in lora.targets:
         return None
     *experts, out, inner = spec.shape
-    rank = lora.rank_of(spec.target)
+    rank = lora.rank_of(spec.target, spec.layer)
     return (*experts, rank, inner), (*experts, out, rank)
 
 

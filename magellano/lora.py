@@ -52,15 +52,15 @@ def attach(model: MagellanoLM, lora: LoraConfig, tensors: dict[str, mx.array]) -
                     f"adapter: {name} should have shape {shape}, found {found}; attach it to the model it was made for"
                 )
         module = find(model, path)
-        module.attach(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], scale(lora, _target(spec)))
+        module.attach(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], scale(lora, _target(spec), spec.layer))
         module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
     if extra := sorted(set(tensors) - expected):
         raise InputError(f"adapter: {extra[0]} belongs to no target of this model; {len(extra)} such tensors")
 
 
-def scale(lora: LoraConfig, target: LoraTarget) -> float:
+def scale(lora: LoraConfig, target: LoraTarget, layer: int | None = None) -> float:
     """s in W + s B A. With alpha / sqrt(rank) the step does not shrink as the rank grows."""
-    rank = lora.rank_of(target)
+    rank = lora.rank_of(target, layer)
     return lora.alpha / (math.sqrt(rank) if lora.rslora else rank)
 
 
@@ -85,6 +85,7 @@ def save(folder: Path, config: ModelConfig, lora: LoraConfig, tensors: dict[str,
         for peft, piece in _unrolled(path, value):
             out[f"{PREFIX}{peft}.{'lora_A' if part == 'lora_a' else 'lora_B'}.weight"] = piece
     mx.save_safetensors(str(folder / WEIGHTS), out, metadata={"format": "pt"})
+    ranks = _pattern(config, lora)
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -92,9 +93,9 @@ def save(folder: Path, config: ModelConfig, lora: LoraConfig, tensors: dict[str,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rslora,
-        "target_modules": ["lm_head" if t == "head" else str(t) for t in lora.targets],
-        "rank_pattern": {"lm_head" if t == "head" else str(t): r for t, r in lora.ranks.items()},
-        "alpha_pattern": {"lm_head" if t == "head" else str(t): lora.alpha for t in lora.ranks},
+        "target_modules": [_peft_name(target) for target in lora.targets],
+        "rank_pattern": ranks,
+        "alpha_pattern": dict.fromkeys(ranks, lora.alpha),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
@@ -112,7 +113,7 @@ def load(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.ar
     description = _description(folder)
     try:
         lora = LoraConfig.model_validate(description["magellano"]["lora"])
-        if (rank := max(lora.rank, *lora.ranks.values(), 0)) > RANK:
+        if (rank := max(lora.rank, *lora.ranks.values(), *lora.rank_pattern.values(), 0)) > RANK:
             raise ValueError(f"rank {files.shown(rank)} is more than {RANK:,}")
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{folder / CONFIG}: not an adapter made here: {files.told(e)}; {REMEDY}") from None
@@ -181,6 +182,25 @@ def _targets(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[ParamSpec,
 def _target(spec: ParamSpec) -> LoraTarget:
     assert spec.target is not None
     return spec.target
+
+
+def _peft_name(target: LoraTarget) -> str:
+    return "lm_head" if target is LoraTarget.HEAD else str(target)
+
+
+def _pattern(config: ModelConfig, lora: LoraConfig) -> dict[str, int]:
+    """PEFT's rank_pattern: by a target's name where all of its modules have one rank, else by their whole names, for
+    PEFT takes the first name that a module's ends with.
+    """
+    of: dict[LoraTarget, dict[str, int]] = {}
+    for spec, a_shape, _ in _targets(config, lora):
+        modules = of.setdefault(_target(spec), {})
+        modules |= dict.fromkeys(_peft_paths(module_path(spec), a_shape), a_shape[-2])
+    found: dict[str, int] = {}
+    for target, modules in of.items():
+        same = {_peft_name(target): next(iter(modules.values()))} if len(set(modules.values())) == 1 else modules
+        found |= {name: rank for name, rank in same.items() if rank != lora.rank}
+    return found
 
 
 def _peft_paths(path: str, shape: tuple[int, ...]) -> list[str]:

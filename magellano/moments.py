@@ -68,9 +68,9 @@ class Sizes:
         """Bytes of a projection of so many values while a product needs it."""
         return 0 if size <= SMALL_WEIGHT else self.width * size
 
-    def rank(self, target: LoraTarget) -> int:
+    def rank(self, target: LoraTarget, layer: int | None = None) -> int:
         lora = self.profile.lora
-        return lora.rank_of(target) if target in lora.targets else 0
+        return lora.rank_of(target, layer) if target in lora.targets else 0
 
     def adapter(self, spec: ParamSpec) -> list[int]:
         """The sizes of A and B on `spec`; none without an adapter."""
@@ -87,14 +87,14 @@ class Sizes:
 
 def forward(s: Sizes, layer: int) -> Parts:
     """While a layer runs forward."""
-    return (_mamba_forward if s.profile.model.kind(layer) is LayerKind.MAMBA else _moe_forward)(s)
+    return _mamba_forward(s) if s.profile.model.kind(layer) is LayerKind.MAMBA else _moe_forward(s, layer)
 
 
 def backward(s: Sizes, layer: int) -> Parts:
     """While a layer's backward runs: its forward again, then its gradients, its adapter's among them."""
     if s.profile.model.kind(layer) is LayerKind.MAMBA:
         return _mamba_backward(s)
-    return _moe_backward(s, s.layer_adapters(layer))
+    return _moe_backward(s, layer)
 
 
 def _mamba_forward(s: Sizes) -> Parts:
@@ -151,26 +151,26 @@ def _part_rows(s: Sizes) -> int:
     return min(rows, int(FULLEST_PART * rows * most_together(m.n_experts) / m.n_experts))
 
 
-def _moe_forward(s: Sizes) -> Parts:
+def _moe_forward(s: Sizes, layer: int) -> Parts:
     """Each row's x, relu and A x stay until the end on a CPU, and y; then the rows of y side by side, and their sum."""
     m, M = s.profile.model, s.rows
-    D, F, r = m.d_model, m.d_ff, s.rank(LoraTarget.W1)
+    D, F, r = m.d_model, m.d_ff, s.rank(LoraTarget.W1, layer)
     rows, most = _expert_rows(s)
     if s.gpu:
-        layer = s.width * (2 * M * D + rows * (2 * D + F + r) + _part_rows(s) * F)
-        return {LAYER: layer, DENSE: s.width * most_together(m.n_experts) * F * D}
+        made = s.width * (2 * M * D + rows * (2 * D + F + r) + _part_rows(s) * F)
+        return {LAYER: made, DENSE: s.width * most_together(m.n_experts) * F * D}
     live = M * D + rows * (2 * D + F + r) + most * F
     return _larger(s, live, gather=rows * 2 * D, dense=F * D)
 
 
-def _moe_backward(s: Sizes, adapters: list[int]) -> Parts:
+def _moe_backward(s: Sizes, layer: int) -> Parts:
     """Each row's x, relu and A x, and the gradients dy, dh and dx stay until the adapter's gradients are made."""
-    m, M = s.profile.model, s.rows
-    D, F, r = m.d_model, m.d_ff, max(s.rank(LoraTarget.W1), s.rank(LoraTarget.W2))
+    m, M, adapters = s.profile.model, s.rows, s.layer_adapters(layer)
+    D, F, r = m.d_model, m.d_ff, max(s.rank(target, layer) for target in (LoraTarget.W1, LoraTarget.W2))
     rows, most = _expert_rows(s)
     if s.gpu:  # and the adapter in 16 bits; of one part at a time dy, da and dh, and one of its weights
-        layer = s.width * (4 * M * D + rows * (2 * D + F + 4 * r) + _part_rows(s) * (D + 2 * F) + sum(adapters))
-        return {LAYER: layer, DENSE: s.width * most_together(m.n_experts) * F * D}
+        values = 4 * M * D + rows * (2 * D + F + 4 * r) + _part_rows(s) * (D + 2 * F) + sum(adapters)
+        return {LAYER: s.width * values, DENSE: s.width * most_together(m.n_experts) * F * D}
     # the norm's three values and an output that stays zero; of the last expert da, in three copies
     live = 4 * M * D + rows * (3 * D + 2 * F + 5 * r) + 3 * most * F
     made = _larger(s, live, gather=rows * 3 * D + M * D, dense=F * D + most * D)

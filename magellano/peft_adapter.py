@@ -57,8 +57,9 @@ def write(folder: Path, config: ModelConfig, settings: LoraConfig, tensors: dict
 
 
 def read(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.array]]:
-    """The adapter in `folder` for a model of shape `config`, as `lora.attach` takes it: ranks padded with zeros to one
-    a target, scales in B. InputError where it has modules or settings that are not known here.
+    """The adapter in `folder` for a model of shape `config`, as `lora.attach` takes it: each module with the rank of
+    its tensors, or of rank 1 and zero where it has none; scales in B. InputError where it has modules or settings that
+    are not known here.
     """
     path = folder / lora.CONFIG
     description = files.read_json(path, REMEDY)
@@ -69,7 +70,7 @@ def read(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.ar
     pairs: dict[str, list[mx.array]] = {}
     for name, value in sorted(stored.items()):  # A before B
         pairs.setdefault(_path(name), []).append(value.astype(mx.float32))
-    ranks: dict[LoraTarget, int] = {}
+    ranks: dict[LoraTarget, dict[int | None, int]] = {}  # by target and layer
     for module, (a, b) in list(pairs.items()):
         spec = modules[module]
         if spec.target is LoraTarget.DT_PROJ:
@@ -78,27 +79,39 @@ def read(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.ar
             del pairs[module]
             continue
         assert spec.target is not None
-        ranks[spec.target] = max(ranks.get(spec.target, 0), a.shape[0])
+        ranks.setdefault(spec.target, {})[spec.layer] = a.shape[0]
     if not ranks:
         raise InputError(f"{folder / lora.WEIGHTS}: nothing in it has an effect; {REMEDY}")
-    settings = LoraConfig(rank=max(ranks.values()), alpha=1.0, targets=tuple(ranks), ranks=ranks)
-    return settings, _padded(config, settings, pairs, scales)
+    settings = _settings(config, ranks)
+    return settings, _placed(config, settings, pairs, scales)
 
 
-def _padded(
+def _settings(config: ModelConfig, ranks: dict[LoraTarget, dict[int | None, int]]) -> LoraConfig:
+    """The settings with these ranks, alpha 1."""
+    most = {target: max(found.values()) for target, found in ranks.items()}
+    pattern = {}
+    for spec in parameters(config):
+        if spec.target in ranks and spec.layer is not None:
+            rank = ranks[spec.target].get(spec.layer, 1)
+            if rank != most[spec.target]:
+                pattern[f"layers.{spec.layer}.{spec.target}"] = rank
+    return LoraConfig(rank=max(most.values()), alpha=1.0, targets=tuple(most), ranks=most, rank_pattern=pattern)
+
+
+def _placed(
     config: ModelConfig, settings: LoraConfig, pairs: dict[str, list[mx.array]], scales: "_Scales"
 ) -> dict[str, mx.array]:
     tensors = lora.start(config, settings)
-    for spec, rank in ((s, settings.rank_of(s.target)) for s in parameters(config) if s.target in settings.targets):
+    for spec in parameters(config):
         path = lora.module_path(spec)
+        if spec.target not in settings.targets:
+            continue
         if path not in pairs:
-            tensors[f"{path}.lora_a"] = mx.zeros((rank, spec.shape[1]))
+            tensors[f"{path}.lora_a"] = mx.zeros_like(tensors[f"{path}.lora_a"])
             continue
         a, b = pairs[path]
-        more = rank - a.shape[0]
-        scale = scales.of(path, a.shape[0]) * rank / settings.alpha
-        tensors[f"{path}.lora_a"] = mx.pad(a, [(0, more), (0, 0)])
-        tensors[f"{path}.lora_b"] = mx.pad(scale * b, [(0, 0), (0, more)])
+        rank = a.shape[0]
+        tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = a, scales.of(path, rank) * rank / settings.alpha * b
     mx.eval(tensors)
     return tensors
 

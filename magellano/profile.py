@@ -251,6 +251,15 @@ class Profile(Section):
         return self
 
     @model_validator(mode="after")
+    def _patterns(self) -> "Profile":
+        if key := self.lora.without_effect(self.model.n_layers, self.model.kind):
+            raise ValueError(
+                f"lora.rank_pattern {key} matches no projection with an adapter: layers are 0 to "
+                f"{self.model.n_layers - 1}, every {self.model.moe_every}th has w1 and w2, the others the rest"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _head(self) -> "Profile":
         if self.model.tied:
             return self

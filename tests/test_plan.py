@@ -87,9 +87,11 @@ def test_weights_are_what_the_quantised_base_holds(embedding: bool, tmp_path: Pa
 
 
 def test_adapters_are_what_training_starts_with():
-    profile = tiny()
+    profile = tiny(**{"lora.rank_pattern": {"layers.1": 3, "layers.0-2.out_proj": 90}})
     start = lora.start(profile.model, profile.lora)
-    assert plan.fine_tune(profile, gpu=False).memory["adapters"] == sum(value.nbytes for value in start.values())
+    planned = plan.fine_tune(profile, gpu=False)
+    assert planned.memory["adapters"] == sum(value.nbytes for value in start.values())
+    assert planned.trainable == sum(value.size for value in start.values())
 
 
 def test_production3b_by_part_on_a_gpu():

@@ -53,7 +53,10 @@ def logits(model: Any) -> np.ndarray:
 def test_our_adapter_runs_in_peft(rslora: bool, base: Path):
     ours = loader.load_model(base / "ours", "float32")
     plain = np.array(ours(mx.array(TOKENS)))
-    settings = LoraConfig(rank=4, alpha=12.0, targets=("in_proj", "x_proj"), ranks={"x_proj": 2}, rslora=rslora)
+    settings = LoraConfig(
+        rank=4, alpha=12.0, targets=("in_proj", "x_proj"), ranks={"x_proj": 2}, rank_pattern={"layers.1.in_proj": 6},
+        rslora=rslora,
+    )  # fmt: skip
     tensors = models.adapter(ours.config, settings)
     (base / "adapter").mkdir()
     peft_adapter.write(base / "adapter", ours.config, settings, tensors, str(base / "theirs"))
@@ -61,6 +64,11 @@ def test_our_adapter_runs_in_peft(rslora: bool, base: Path):
     got = logits(peft.PeftModel.from_pretrained(theirs(base), base / "adapter"))
     np.testing.assert_allclose(got, np.array(ours(mx.array(TOKENS))), atol=1e-3)
     assert np.abs(got - plain).max() > 0.05
+    back, again = peft_adapter.read(base / "adapter", ours.config)
+    assert [back.rank_of(LoraTarget.IN_PROJ, layer) for layer in range(3)] == [4, 6, 4]
+    assert back.rank_of(LoraTarget.X_PROJ, 1) == 2
+    lora.attach(ours, back, again)
+    np.testing.assert_allclose(np.array(ours(mx.array(TOKENS))), got, atol=1e-3)
 
 
 @pytest.mark.parametrize(
