@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
-from magellano.names import LayerKind, LoraTarget
+from magellano.names import LayerKind, LoraInit, LoraTarget
 from magellano.section import Positive, Section
 
 Target = Annotated[LoraTarget, Field(strict=False)]  # TOML and JSON give strings
@@ -57,6 +57,7 @@ class LoraConfig(Section):
     targets: tuple[Target, ...] = Field(default=tuple(LoraTarget), strict=False)
     ranks: dict[Target, Positive] = Field(default_factory=dict, strict=False)  # where a target's rank differs
     rank_pattern: dict[str, Positive] = Field(default_factory=dict, max_length=4096)  # a layer's: see Pattern
+    init: LoraInit = Field(default=LoraInit.ZERO, strict=False)
     plus: Ratio = 1.0  # B's learning rate over A's (LoRA+: Hayou et al. 2024, arXiv 2402.12354)
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -133,3 +133,10 @@ class LoraTarget(StrEnum):
     W1 = "w1"
     W2 = "w2"
     HEAD = "head"  # tied with the embedding: one adapter serves both
+
+
+class LoraInit(StrEnum):
+    """How an adapter starts."""
+
+    ZERO = "zero"  # A random, B zero: the model is the quantised base's
+    LOFTQ = "loftq"  # from what quantising lost: the model is nearer to the base in 16 bits

@@ -18,7 +18,7 @@ from magellano.foreign import is_dense
 from magellano.headers import Header
 from magellano.layout import HEAD, ParamSpec, parameters
 from magellano.loader import FLOATS
-from magellano.names import LoraTarget
+from magellano.names import LoraInit, LoraTarget
 from magellano.profile import LoraConfig, ModelConfig
 from magellano.tensors import load_file
 
@@ -47,6 +47,11 @@ def write(folder: Path, config: ModelConfig, settings: LoraConfig, tensors: dict
     if wrong := [t for t in settings.targets if (t, config.tied) != (LoraTarget.HEAD, False) and t in WHY_NOT]:
         said = "; ".join(f"{target}: {WHY_NOT[target]}" for target in wrong)
         raise InputError(f"PEFT cannot run this adapter ({said}); merge it: magellano fuse RUN OUT")
+    if settings.init is LoraInit.LOFTQ:
+        raise InputError(
+            'this adapter started as the error of its NF4 base (lora.init "loftq"), which the base in PEFT does not '
+            "have; merge it: magellano fuse RUN OUT"
+        )
     if not is_dense(config):
         raise InputError("transformers has no such model (Mamba with experts); export it to mlx-lm")
     lora.save(folder, config, settings, tensors, base)

@@ -124,6 +124,12 @@ def test_modules_that_do_not_agree_are_named(target: LoraTarget, base: Path):
         peft_adapter.write(base, models.TINY, LoraConfig(rank=2, targets=("in_proj",)), {}, "")
 
 
+def test_an_adapter_that_carries_the_error_of_a_base_stays_with_it(tmp_path: Path):
+    config = models.TINY.model_copy(update=foreign.dense(2))
+    with pytest.raises(InputError, match=r"error of its NF4 base .*magellano fuse"):
+        peft_adapter.write(tmp_path, config, LoraConfig(targets=("in_proj",), init="loftq"), {}, "")
+
+
 def test_a_head_of_its_own_agrees(tmp_path: Path):
     torch.manual_seed(0)
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES, tie_word_embeddings=False)).eval()
