@@ -17,7 +17,6 @@ import numpy as np
 from magellano import lora
 from magellano.backend import mx
 from magellano.layout import ParamSpec, lora_shapes, parameters
-from magellano.linear import Weight
 from magellano.nf4 import NF4Stack, NF4Tensor
 from magellano.profile import LoraConfig, ModelConfig
 
@@ -29,12 +28,12 @@ Lost = dict[str, tuple[float, float]]  # by matrix: |W - Q| and |W - Q - s B A|,
 
 
 def start(
-    config: ModelConfig, settings: LoraConfig, base: Callable[[ParamSpec], Weight], original: Pieces, lost: Lost
+    config: ModelConfig, settings: LoraConfig, base: lora.Base, original: Pieces, lost: Lost
 ) -> dict[str, mx.array]:
-    """The adapter as `lora.start` names it; evaluated. Targets that `base` holds dense start as there. `lost` is filled
+    """A and B as `lora.factors` names them; evaluated. Targets that `base` holds dense start as there. `lost` is filled
     on the way.
     """
-    tensors = lora.start(config, settings)
+    tensors = lora.factors(config, settings)
     for spec in parameters(config):
         if lora_shapes(spec, settings) is None:
             continue

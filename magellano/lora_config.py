@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
-from magellano.names import LayerKind, LoraInit, LoraTarget
+from magellano.names import LayerKind, LoraInit, LoraKind, LoraTarget
 from magellano.section import Positive, Section
 
 Target = Annotated[LoraTarget, Field(strict=False)]  # TOML and JSON give strings
@@ -51,6 +51,7 @@ def pattern(key: str) -> Pattern:
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
 
+    kind: LoraKind = Field(default=LoraKind.LORA, strict=False)
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     rslora: bool = False  # alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)
@@ -86,6 +87,9 @@ class LoraConfig(Section):
             raise ValueError("targets is empty: nothing would train")
         if extra := set(self.ranks) - set(self.targets):
             raise ValueError(f"ranks names {sorted(map(str, extra))}, not among targets; add or drop them")
+        if self.kind is LoraKind.DORA and LoraTarget.HEAD in self.targets:
+            rest = ", ".join(f'"{target}"' for target in self.targets if target is not LoraTarget.HEAD)
+            raise ValueError(f'kind "dora" is not there for the head; leave it out: targets = [{rest}]')
         return self
 
     @model_validator(mode="after")

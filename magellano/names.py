@@ -135,6 +135,13 @@ class LoraTarget(StrEnum):
     HEAD = "head"  # tied with the embedding: one adapter serves both
 
 
+class LoraKind(StrEnum):
+    """What an adapter does to a weight."""
+
+    LORA = "lora"  # W + s B A
+    DORA = "dora"  # the same, each row scaled to a length of its own, which trains
+
+
 class LoraInit(StrEnum):
     """How an adapter starts."""
 

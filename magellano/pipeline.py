@@ -95,7 +95,7 @@ def _loss(profile: Profile) -> dict[str, Any]:
 def _adapter(lora: LoraConfig) -> dict[str, Any]:
     """What the starting adapter depends on; keys that came later stand in it where they are set."""
     made, default = lora.model_dump(mode="json", exclude={"plus"}), LoraConfig().model_dump(mode="json")
-    later = {"rslora", "rank_pattern", "init"}
+    later = {"kind", "rslora", "rank_pattern", "init"}
     return {key: value for key, value in made.items() if key not in later or value != default[key]}
 
 

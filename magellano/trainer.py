@@ -77,7 +77,7 @@ class Trainer:
         decays = {spec.name for spec in parameters(model.config) if spec.decays}
         self.optimizer = AdamW(
             config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay, config.state, config.seed,
-            decays=lambda name: name in decays or ".lora_" in name,
+            decays=lambda name: name in decays or name.endswith((".lora_a", ".lora_b")),
             rates=lambda name: plus if name.endswith(".lora_b") else 1.0,
         )  # fmt: skip
         self.optimizer.init(model.trainable_parameters())

@@ -341,6 +341,7 @@ def changed(stage: Stage, override: str, value: object) -> bool:
         ("lora.rslora", True, {Stage.ATTACH_LORA}),
         ("lora.rank_pattern", {"layers.1": 3}, {Stage.ATTACH_LORA}),
         ("lora.init", "loftq", {Stage.ATTACH_LORA}),
+        ("lora", {"kind": "dora", "targets": ["w1", "w2"]}, {Stage.ATTACH_LORA}),
         ("lora.plus", 8.0, {Stage.TRAIN}),
         ("data.seq_len", 64, {Stage.TOKENIZE}),
         ("data.render", "toon", {Stage.TOKENIZE}),

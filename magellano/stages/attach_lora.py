@@ -7,7 +7,7 @@ from typing import Any
 from magellano import files, layout, loader, loftq, lora, pipeline
 from magellano.artifacts import MANIFEST
 from magellano.errors import InputError
-from magellano.names import BaseSource, LoraInit, Stage
+from magellano.names import BaseSource, LoraInit, LoraKind, Stage
 from magellano.profile import Profile
 from magellano.runs import input_folder
 from magellano.stages import quantize
@@ -27,9 +27,11 @@ def run(out: Path, profile: Profile, base: Path) -> dict[str, Any]:
             config, profile.lora, loader.Files(base), lambda spec: quantize.dense(spec, profile, original), lost
         )
         before, after = (math.hypot(*(pair[n] for pair in lost.values())) for n in (0, 1))
+        if profile.lora.kind is LoraKind.DORA:
+            tensors |= lora.magnitudes(config, profile.lora, tensors, loader.Files(base))
         facts = {"quantization_error": before, "quantization_error_left": after}
     else:
-        tensors = lora.start(config, profile.lora)
+        tensors = lora.start(config, profile.lora, loader.Files(base))
     lora.save(out, config, profile.lora.model_copy(update={"plus": 1.0}), tensors)  # which is no setting of this stage
     trainable, total = layout.lora_count(config, profile.lora), layout.count(config)
     return {"trainable": trainable, "parameters": total, "share": trainable / total, "tensors": len(tensors), **facts}
