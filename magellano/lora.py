@@ -7,7 +7,7 @@ DoRA (Liu et al. 2024, arXiv 2402.09353): the rows of W + s B A have lengths m o
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,21 @@ def scale(lora: LoraConfig, target: LoraTarget, layer: int | None = None) -> flo
     """s in W + s B A. With alpha / sqrt(rank) the step does not shrink as the rank grows."""
     rank = lora.rank_of(target, layer)
     return lora.alpha / (math.sqrt(rank) if lora.rslora else rank)
+
+
+def settings_of(config: ModelConfig, ranks: Mapping[str, int], kind: LoraKind = LoraKind.LORA) -> LoraConfig:
+    """The settings with these ranks by parameter and alpha 1; 1 for the other parameters of the same targets."""
+    specs = {spec.name: spec for spec in parameters(config) if spec.target is not None}
+    most: dict[LoraTarget, int] = {}
+    for name, rank in ranks.items():
+        most[_target(specs[name])] = max(rank, most.get(_target(specs[name]), 0))
+    pattern = {}
+    for spec in specs.values():
+        if (target := _target(spec)) in most and spec.layer is not None and ranks.get(spec.name, 1) != most[target]:
+            pattern[f"layers.{spec.layer}.{target}"] = ranks.get(spec.name, 1)
+    return LoraConfig(
+        kind=kind, rank=max(most.values()), alpha=1.0, targets=tuple(most), ranks=most, rank_pattern=pattern
+    )
 
 
 def find(model: MagellanoLM, path: str) -> Adapted:

@@ -79,7 +79,7 @@ def read(folder: Path, config: ModelConfig, base: lora.Base | None = None) -> tu
     for name, value in stored.items():
         module, part = _parsed(name)
         found.setdefault(module, {})[part] = value.astype(mx.float32)
-    ranks: dict[LoraTarget, dict[int | None, int]] = {}  # by target and layer
+    ranks: dict[str, int] = {}  # by parameter
     for module, parts in list(found.items()):
         spec = modules[module]
         if spec.target is LoraTarget.DT_PROJ:
@@ -87,25 +87,11 @@ def read(folder: Path, config: ModelConfig, base: lora.Base | None = None) -> tu
                 raise InputError(f"{folder / lora.WEIGHTS}: {module}: {WHY_NOT[LoraTarget.DT_PROJ]}; {REMEDY}")
             del found[module]
             continue
-        assert spec.target is not None
-        ranks.setdefault(spec.target, {})[spec.layer] = parts["lora_a"].shape[0]
+        ranks[spec.name] = parts["lora_a"].shape[0]
     if not ranks:
         raise InputError(f"{folder / lora.WEIGHTS}: nothing in it has an effect; {REMEDY}")
-    settings = _settings(config, ranks, kind)
+    settings = lora.settings_of(config, ranks, kind)
     return settings, _placed(config, settings, found, scales, base)
-
-
-def _settings(config: ModelConfig, ranks: dict[LoraTarget, dict[int | None, int]], kind: LoraKind) -> LoraConfig:
-    """The settings with these ranks, alpha 1."""
-    most = {target: max(found.values()) for target, found in ranks.items()}
-    pattern = {}
-    for spec in parameters(config):
-        if spec.target in ranks and spec.layer is not None:
-            rank = ranks[spec.target].get(spec.layer, 1)
-            if rank != most[spec.target]:
-                pattern[f"layers.{spec.layer}.{spec.target}"] = rank
-    rank = max(most.values())
-    return LoraConfig(kind=kind, rank=rank, alpha=1.0, targets=tuple(most), ranks=most, rank_pattern=pattern)
 
 
 def _placed(
