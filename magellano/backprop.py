@@ -68,6 +68,7 @@ class Trainables:
         self.names = [f"{prefix}.{path}" for path in paths]
         self._slots = [_slot(part, path) for path in paths]
         self._narrow = [name.rsplit(".", 1)[1] in ("lora_a", "lora_b") or name in sixteen for name in self.names]
+        self._ordered = [name.endswith(".lora_m") for name in self.names]  # rows' lengths stay in float32
 
     def values(self) -> list[mx.array]:
         return [module[key] for module, key in self._slots]
@@ -83,6 +84,9 @@ class Trainables:
                 found = narrow([values[k] for k in which], dtype, order if stacked else None)
                 for k, value in zip(which, found, strict=True):
                     made[k] = value
+        if which := [k for k, n in enumerate(self._ordered) if n and values[k].ndim == 3 and order is not None]:
+            for k, value in zip(which, narrow([values[k] for k in which], mx.float32, order), strict=True):
+                made[k] = value
         return made
 
     def call(self, part: Callable[..., Any], values: Sequence[mx.array], *args: Any, **more: Any) -> Any:

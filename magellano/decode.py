@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from magellano.backend import mx, tree_flatten
-from magellano.linear import Adapted, Embedding, ExpertProjection, Projection
+from magellano.linear import Adapted, Embedding, ExpertProjection, Projection, merged
 from magellano.mamba import Mamba, MambaState
 from magellano.moe import MoE
 from magellano.names import FinalNorm, Gate
@@ -153,13 +153,13 @@ def _from_codes(projection: Adapted) -> bool:
 
 
 def _merged(projection: Adapted) -> mx.array | None:
-    """W + s B A, dense in float32, of a small NF4 matrix or stack."""
+    """W with its adapter, dense in float32, of a small NF4 matrix or stack."""
     base = projection.base
     if isinstance(base, mx.array) or not _merges(projection):
         return None
     w = base.dequantize(mx.float32)
     if projection.adapted:
-        w = w + projection.lora_scale * (projection.lora_b @ projection.lora_a).astype(mx.float32)
+        w = merged(w, projection.lora_a, projection.lora_b, projection.lora_scale, projection.magnitude)
     mx.eval(w)
     return w
 
@@ -169,7 +169,15 @@ def _product(projection: Projection) -> Callable[[mx.array, Around], mx.array]:
     dense = _merged(projection)
     if dense is not None:
         return lambda x_BI, around: matvec(x_BI, dense, None, around)
-    return lambda x_BI, around: _adapted(projection, x_BI, around)
+    gain_O = projection.gains()
+    if gain_O is None:
+        return lambda x_BI, around: _adapted(projection, x_BI, around)
+
+    def scaled(x_BI: mx.array, around: Around) -> mx.array:
+        y_BO = _adapted(projection, x_BI, replace(around, relu=False, residual_MO=None), mx.float32)
+        return around.end(y_BO * gain_O, x_BI.dtype)
+
+    return scaled
 
 
 def _adapted(
@@ -198,7 +206,7 @@ def _expert_layer(projection: Adapted) -> ExpertLayer:
     assert not isinstance(base, NF4Tensor)
     if not projection.adapted:
         return ExpertLayer(base)
-    return ExpertLayer(base, projection.lora_a, projection.lora_b, projection.lora_scale)
+    return ExpertLayer(base, projection.lora_a, projection.lora_b, projection.lora_scale, gain=projection.gains())
 
 
 def flat(state: State) -> list[mx.array]:

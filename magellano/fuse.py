@@ -199,10 +199,9 @@ class without_adapters:
         self._modules = [m for _, m in model.named_modules() if isinstance(m, Adapted) and m.adapted]
 
     def __enter__(self) -> None:
-        self._scales = [module.lora_scale for module in self._modules]
         for module in self._modules:
-            module.lora_scale = 0.0
+            module.silent = True
 
     def __exit__(self, *_: object) -> None:
-        for module, scale in zip(self._modules, self._scales, strict=True):
-            module.lora_scale = scale
+        for module in self._modules:
+            module.silent = False

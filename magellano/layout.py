@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from magellano.names import FinalNorm, Gate, LayerKind, LoraTarget
+from magellano.names import FinalNorm, Gate, LayerKind, LoraKind, LoraTarget
 from magellano.profile import LoraConfig, ModelConfig
 
 EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
@@ -42,6 +42,11 @@ class ParamSpec:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the layer that it is in; None: in none."""
+        return int(self.name.split(".")[2]) if self.name.startswith("backbone.layers.") else None
 
     @property
     def decays(self) -> bool:
@@ -100,11 +105,19 @@ def lora_shapes(spec: ParamSpec, lora: LoraConfig) -> tuple[tuple[int, ...], tup
     if spec.target is None or spec.target not in lora.targets:
         return None
     *experts, out, inner = spec.shape
-    rank = lora.rank_of(spec.target)
+    rank = lora.rank_of(spec.target, spec.layer)
     return (*experts, rank, inner), (*experts, out, rank)
+
+
+def adapter_shapes(spec: ParamSpec, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The arrays of the adapter on `spec` by name; none where `lora` leaves it alone."""
+    pair = lora_shapes(spec, lora)
+    if pair is None:
+        return {}
+    magnitude = {"lora_m": spec.shape[:-1] if len(spec.shape) == 2 else (*spec.shape[:-1], 1)}
+    return {"lora_a": pair[0], "lora_b": pair[1], **(magnitude if lora.kind is LoraKind.DORA else {})}
 
 
 def lora_count(config: ModelConfig, lora: LoraConfig) -> int:
     """Parameters that train in a fine-tune."""
-    shapes = [pair for spec in parameters(config) if (pair := lora_shapes(spec, lora))]
-    return sum(math.prod(a) + math.prod(b) for a, b in shapes)
+    return sum(math.prod(shape) for spec in parameters(config) for shape in adapter_shapes(spec, lora).values())

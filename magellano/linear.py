@@ -1,4 +1,4 @@
-"""Projections that may be dense or NF4, with or without an adapter: y = x W^T + s (x A^T) B^T.
+"""Projections that may be dense or NF4, with or without an adapter: y = x W^T + s (x A^T) B^T, and DoRA's scaling.
 
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314): W is frozen in 4 bits and dequantised on the fly, only A and B train
 (Hu et al. 2021, arXiv 2106.09685). Dense W trains in full.
@@ -9,6 +9,7 @@ Shapes: I in, O out, r rank, E experts, M rows, V vocabulary, D d_model.
 from magellano.backend import mx, nn
 from magellano.layout import SMALL_WEIGHT
 from magellano.nf4 import NF4Stack, NF4Tensor
+from magellano.ops import lora as ops_lora
 from magellano.ops import nf4_matmul
 from magellano.ops.add_rows import add_rows
 from magellano.ops.experts import Layer
@@ -31,6 +32,40 @@ def matmul(x: mx.array, weight: Weight) -> mx.array:
     return nf4_matmul(x, weight)
 
 
+def squares(weight: Weight) -> mx.array:
+    """|W|^2 of each row, float32 [.., O]; computed now, never dense as a whole."""
+    if isinstance(weight, NF4Stack):
+        return mx.stack([squares(matrix) for matrix in weight.tensors])
+    if isinstance(weight, mx.array):
+        found = weight.astype(mx.float32).square().sum(axis=-1)
+    else:
+        parts = []
+        for _, _, rows in weight.slices():
+            parts.append(rows.square().sum(axis=-1))
+            mx.eval(parts[-1])
+        found = mx.concatenate(parts)
+    mx.eval(found)
+    return found
+
+
+def row_norms(weight: Weight, squares_O: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """|W + s B A| of each row, float32 [.., O]; computed now."""
+    if a.ndim == 3:
+        assert not isinstance(weight, NF4Tensor)
+        return mx.stack([row_norms(weight[e], squares_O[e], a[e], b[e], scale) for e in range(a.shape[0])])
+    norms = ops_lora.row_norms(squares_O, matmul(a.astype(mx.float32), weight), a, b, scale)
+    mx.eval(norms)
+    return norms
+
+
+def merged(w: mx.array, a: mx.array, b: mx.array, scale: float, m: mx.array | None = None) -> mx.array:
+    """W + s B A in float32 for a dense W [.., O, I], with `m` its rows scaled to these lengths."""
+    w = w + scale * (b.astype(mx.float32) @ a.astype(mx.float32))
+    if m is None:
+        return w
+    return w * (m.reshape(*w.shape[:-1], 1) / mx.maximum(mx.linalg.norm(w, axis=-1, keepdims=True), 1e-15))
+
+
 class Adapted(nn.Module):
     """What all projections share: a weight (array or NF4) and room for one adapter."""
 
@@ -42,6 +77,8 @@ class Adapted(nn.Module):
             self.quantized = weight
             mx.eval(*vars(weight.parts).values())
         self.lora_scale = 0.0
+        self.silent = False  # the adapter is there, but has no effect
+        self._squares: mx.array | None = None
         self._dense: mx.array | None = None
 
     @property
@@ -51,11 +88,37 @@ class Adapted(nn.Module):
 
     @property
     def adapted(self) -> bool:
-        return "lora_a" in self
+        return "lora_a" in self and not self.silent
 
-    def attach(self, a: mx.array, b: mx.array, scale: float) -> None:
-        """Put an adapter on: A [.., r, in], B [.., out, r], both float32."""
+    def attach(self, a: mx.array, b: mx.array, scale: float, m: mx.array | None = None) -> None:
+        """Put an adapter on: A [.., r, in], B [.., out, r], and DoRA's lengths of the rows [out] or [E, out, 1], all
+        float32; in the place of one that was there.
+        """
+        self.detach()
         self.lora_a, self.lora_b, self.lora_scale = a, b, scale
+        if m is not None:
+            self.lora_m = m
+            self._squares = squares(self.base) if self._squares is None else self._squares
+
+    def detach(self) -> None:
+        """Take the adapter off."""
+        for key in ("lora_a", "lora_b", "lora_m"):
+            self.pop(key, None)
+
+    @property
+    def magnitude(self) -> mx.array | None:
+        """DoRA's lengths of the rows, if the adapter has them."""
+        return self.lora_m if self.adapted and "lora_m" in self else None
+
+    def gains(self) -> mx.array | None:
+        """What DoRA multiplies each output by, float32 [out] or [E, out]; computed now."""
+        if self.magnitude is None:
+            return None
+        assert self._squares is not None
+        norms = row_norms(self.base, self._squares, self.lora_a, self.lora_b, self.lora_scale)
+        gain = self.lora_m.reshape(norms.shape) / norms
+        mx.eval(gain)
+        return gain
 
 
 class Projection(Adapted):
@@ -76,7 +139,12 @@ class Projection(Adapted):
         if not self.adapted:
             return matmul(x, base)
         assert not isinstance(base, NF4Stack)
-        return adapted_matmul(x, base, self.lora_a, self.lora_b, self.lora_scale, unread=unread)
+        m_O, rows = self.magnitude, None
+        if m_O is not None:
+            assert self._squares is not None
+            cross_rO = matmul(mx.stop_gradient(self.lora_a).astype(x.dtype), base)
+            rows = m_O, ops_lora.row_norms(self._squares, cross_rO, self.lora_a, self.lora_b, self.lora_scale)
+        return adapted_matmul(x, base, self.lora_a, self.lora_b, self.lora_scale, rows, unread=unread)
 
 
 class ExpertProjection(Adapted):
@@ -89,7 +157,8 @@ class ExpertProjection(Adapted):
         weight = base.astype(dtype) if isinstance(base, mx.array) else base
         if not self.adapted:
             return Layer(weight, ordered=ordered)
-        return Layer(weight, self.lora_a.astype(dtype), self.lora_b.astype(dtype), self.lora_scale, ordered)
+        a, b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
+        return Layer(weight, a, b, self.lora_scale, ordered, self.magnitude, self._squares)
 
 
 class Embedding(Adapted):

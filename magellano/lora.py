@@ -1,12 +1,13 @@
 """Adapters on a model: attaching them, naming them as PEFT does, reading and writing them.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685): A starts uniform in +-1/sqrt(in), B at zero, so that the start changes nothing.
+DoRA (Liu et al. 2024, arXiv 2402.09353): the rows of W + s B A have lengths m of their own, at first those they have.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +15,110 @@ from magellano import files, init
 from magellano.backend import mx
 from magellano.errors import InputError
 from magellano.headers import Header
-from magellano.layout import EMBEDDING, ParamSpec, lora_shapes, parameters
-from magellano.linear import Adapted
+from magellano.layout import EMBEDDING, ParamSpec, adapter_shapes, parameters
+from magellano.linear import Adapted, Weight, row_norms, squares
 from magellano.model import MagellanoLM
-from magellano.names import LoraTarget, Stage
+from magellano.names import LoraKind, LoraTarget, Stage
 from magellano.profile import LoraConfig, ModelConfig
 from magellano.tensors import load_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's file names
 PREFIX = "base_model.model."
+PEFT = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "lora_m": "lora_magnitude_vector"}
+Base = Callable[[ParamSpec], Weight]
 RANK = 1 << 16  # that an adapter_config.json may ask for
 REMEDY = "give the folder of an adapter that was made here, or make it again"
 
 
-def start(config: ModelConfig, lora: LoraConfig) -> dict[str, mx.array]:
-    """The adapter before training, by parameter name in our own naming ("NAME.lora_a"); float32 and lazy."""
+def start(config: ModelConfig, lora: LoraConfig, base: Base | None = None) -> dict[str, mx.array]:
+    """The adapter before training, by parameter name in our own naming ("NAME.lora_a"); float32, A and B lazy. DoRA
+    needs the weights of the `base`.
+    """
+    tensors = factors(config, lora)
+    return tensors if lora.kind is LoraKind.LORA else tensors | magnitudes(config, lora, tensors, base)
+
+
+def factors(config: ModelConfig, lora: LoraConfig) -> dict[str, mx.array]:
+    """A and B of `start`."""
     tensors = {}
-    for spec, a_shape, b_shape in _targets(config, lora):
+    for spec, shapes in _targets(config, lora):
+        a_shape, path = shapes["lora_a"], module_path(spec)
         bound = 1 / math.sqrt(a_shape[-1])
-        path = module_path(spec)
         tensors[f"{path}.lora_a"] = mx.random.uniform(-bound, bound, a_shape, key=init.key(lora.seed, f"{path}.lora_a"))
-        tensors[f"{path}.lora_b"] = mx.zeros(b_shape)
+        tensors[f"{path}.lora_b"] = mx.zeros(shapes["lora_b"])
     return tensors
 
 
+def magnitudes(
+    config: ModelConfig, lora: LoraConfig, tensors: dict[str, mx.array], base: Base | None
+) -> dict[str, mx.array]:
+    """DoRA's m with which the factors `tensors` on `base` make W + s B A as it is; evaluated, a matrix at a time."""
+    assert base is not None, "the rows' lengths are those of a base"
+    found = {}
+    for spec, shapes in _targets(config, lora):
+        weight, path = base(spec), module_path(spec)
+        a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
+        norms = row_norms(weight, squares(weight), a, b, scale(lora, _target(spec), spec.layer))
+        found[f"{path}.lora_m"] = norms.reshape(shapes["lora_m"])
+        mx.clear_cache()
+    return found
+
+
+def base_of_model(model: MagellanoLM) -> Base:
+    """The weights below the adapters of `model`."""
+    return lambda spec: find(model, module_path(spec)).base
+
+
 def attach(model: MagellanoLM, lora: LoraConfig, tensors: dict[str, mx.array]) -> None:
-    """Put the adapter `tensors` on `model`, freeze everything else. InputError where names or shapes disagree."""
-    model.freeze()
-    expected = set()
-    for spec, a_shape, b_shape in _targets(model.config, lora):
-        path = module_path(spec)
-        expected |= {f"{path}.lora_a", f"{path}.lora_b"}
-        for name, shape in ((f"{path}.lora_a", a_shape), (f"{path}.lora_b", b_shape)):
-            if name not in tensors or tuple(tensors[name].shape) != shape:
-                found = tensors[name].shape if name in tensors else "nothing"
-                raise InputError(
-                    f"adapter: {name} should have shape {shape}, found {found}; attach it to the model it was made for"
-                )
-        module = find(model, path)
-        module.attach(tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"], scale(lora, _target(spec)))
-        module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
-    if extra := sorted(set(tensors) - expected):
+    """Put the adapter `tensors` on `model` in the place of one that was there, freeze everything else. InputError where
+    names or shapes disagree.
+    """
+    targets = list(_targets(model.config, lora))
+    expected = {f"{module_path(spec)}.{part}": shape for spec, shapes in targets for part, shape in shapes.items()}
+    for name, shape in expected.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            found = tensors[name].shape if name in tensors else "nothing"
+            raise InputError(
+                f"adapter: {name} should have shape {shape}, found {found}; attach it to the model it was made for"
+            )
+    if extra := sorted(set(tensors) - set(expected)):
         raise InputError(f"adapter: {extra[0]} belongs to no target of this model; {len(extra)} such tensors")
+    detach(model)
+    for spec, shapes in targets:
+        path = module_path(spec)
+        a, b, *m = (tensors[f"{path}.{part}"] for part in shapes)
+        module = find(model, path)
+        module.attach(a, b, scale(lora, _target(spec), spec.layer), *m)
+        module.unfreeze(keys=list(shapes), recurse=False)
 
 
-def scale(lora: LoraConfig, target: LoraTarget) -> float:
+def detach(model: MagellanoLM) -> None:
+    """Take the adapter off `model`, if there is one, and freeze everything."""
+    for _, module in model.named_modules():
+        if isinstance(module, Adapted):
+            module.detach()
+    model.freeze()
+
+
+def scale(lora: LoraConfig, target: LoraTarget, layer: int | None = None) -> float:
     """s in W + s B A. With alpha / sqrt(rank) the step does not shrink as the rank grows."""
-    rank = lora.rank_of(target)
+    rank = lora.rank_of(target, layer)
     return lora.alpha / (math.sqrt(rank) if lora.rslora else rank)
+
+
+def settings_of(config: ModelConfig, ranks: Mapping[str, int], kind: LoraKind = LoraKind.LORA) -> LoraConfig:
+    """The settings with these ranks by parameter and alpha 1; 1 for the other parameters of the same targets."""
+    specs = {spec.name: spec for spec in parameters(config) if spec.target is not None}
+    most: dict[LoraTarget, int] = {}
+    for name, rank in ranks.items():
+        most[_target(specs[name])] = max(rank, most.get(_target(specs[name]), 0))
+    pattern = {}
+    for spec in specs.values():
+        if (target := _target(spec)) in most and spec.layer is not None and ranks.get(spec.name, 1) != most[target]:
+            pattern[f"layers.{spec.layer}.{target}"] = ranks.get(spec.name, 1)
+    return LoraConfig(
+        kind=kind, rank=max(most.values()), alpha=1.0, targets=tuple(most), ranks=most, rank_pattern=pattern
+    )
 
 
 def find(model: MagellanoLM, path: str) -> Adapted:
@@ -83,8 +140,9 @@ def save(folder: Path, config: ModelConfig, lora: LoraConfig, tensors: dict[str,
     for name, value in tensors.items():
         path, part = name.rsplit(".", 1)
         for peft, piece in _unrolled(path, value):
-            out[f"{PREFIX}{peft}.{'lora_A' if part == 'lora_a' else 'lora_B'}.weight"] = piece
+            out[f"{PREFIX}{peft}.{PEFT[part]}"] = piece.reshape(-1) if part == "lora_m" else piece
     mx.save_safetensors(str(folder / WEIGHTS), out, metadata={"format": "pt"})
+    ranks = _pattern(config, lora)
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -92,9 +150,10 @@ def save(folder: Path, config: ModelConfig, lora: LoraConfig, tensors: dict[str,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rslora,
-        "target_modules": ["lm_head" if t == "head" else str(t) for t in lora.targets],
-        "rank_pattern": {"lm_head" if t == "head" else str(t): r for t, r in lora.ranks.items()},
-        "alpha_pattern": {"lm_head" if t == "head" else str(t): lora.alpha for t in lora.ranks},
+        "use_dora": lora.kind is LoraKind.DORA,
+        "target_modules": [_peft_name(target) for target in lora.targets],
+        "rank_pattern": ranks,
+        "alpha_pattern": dict.fromkeys(ranks, lora.alpha),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
@@ -112,17 +171,17 @@ def load(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.ar
     description = _description(folder)
     try:
         lora = LoraConfig.model_validate(description["magellano"]["lora"])
-        if (rank := max(lora.rank, *lora.ranks.values(), 0)) > RANK:
+        if (rank := max(lora.rank, *lora.ranks.values(), *lora.rank_pattern.values(), 0)) > RANK:
             raise ValueError(f"rank {files.shown(rank)} is more than {RANK:,}")
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{folder / CONFIG}: not an adapter made here: {files.told(e)}; {REMEDY}") from None
     stored = load_file(folder / WEIGHTS, lambda header: _check(folder / WEIGHTS, header, config, lora))
     tensors = {}
-    for spec, a_shape, b_shape in _targets(config, lora):
+    for spec, shapes in _targets(config, lora):
         path = module_path(spec)
-        for part, peft, shape in (("lora_a", "lora_A", a_shape), ("lora_b", "lora_B", b_shape)):
-            pieces = [stored.pop(f"{PREFIX}{p}.{peft}.weight") for p in _peft_paths(path, shape)]
-            tensors[f"{path}.{part}"] = mx.stack(pieces) if len(shape) == 3 else pieces[0]
+        for part, shape in shapes.items():
+            pieces = [stored.pop(f"{PREFIX}{p}.{PEFT[part]}") for p in _peft_paths(path, shape)]
+            tensors[f"{path}.{part}"] = (mx.stack(pieces) if len(shape) == 3 else pieces[0]).reshape(shape)
     mx.eval(tensors)
     return lora, tensors
 
@@ -155,10 +214,11 @@ def _description(folder: Path) -> dict[str, Any]:
 def _check(path: Path, header: Header, config: ModelConfig, lora: LoraConfig) -> None:
     """InputError unless `header` has the tensors of `lora` on `config` and no others."""
     extra = set(header)
-    for spec, a_shape, b_shape in _targets(config, lora):
-        for peft, shape in (("lora_A", a_shape), ("lora_B", b_shape)):
+    for spec, shapes in _targets(config, lora):
+        for part, shape in shapes.items():
             for module in _peft_paths(module_path(spec), shape):
-                name, wanted = f"{PREFIX}{module}.{peft}.weight", shape[-2:]
+                name = f"{PREFIX}{module}.{PEFT[part]}"
+                wanted = shape[-2:] if part != "lora_m" else shape[-2:-1] if len(shape) == 3 else shape
                 if name not in header:
                     raise InputError(f"{path}: tensor {name} is missing; {REMEDY}")
                 entry = header[name]
@@ -172,10 +232,10 @@ def _check(path: Path, header: Header, config: ModelConfig, lora: LoraConfig) ->
         raise InputError(f"{path}: tensor {min(extra)} belongs to no target of {CONFIG}; {REMEDY}")
 
 
-def _targets(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[ParamSpec, tuple[int, ...], tuple[int, ...]]]:
+def _targets(config: ModelConfig, lora: LoraConfig) -> Iterator[tuple[ParamSpec, dict[str, tuple[int, ...]]]]:
     for spec in parameters(config):
-        if shapes := lora_shapes(spec, lora):
-            yield spec, *shapes
+        if shapes := adapter_shapes(spec, lora):
+            yield spec, shapes
 
 
 def _target(spec: ParamSpec) -> LoraTarget:
@@ -183,11 +243,30 @@ def _target(spec: ParamSpec) -> LoraTarget:
     return spec.target
 
 
+def _peft_name(target: LoraTarget) -> str:
+    return "lm_head" if target is LoraTarget.HEAD else str(target)
+
+
+def _pattern(config: ModelConfig, lora: LoraConfig) -> dict[str, int]:
+    """PEFT's rank_pattern: by a target's name where all of its modules have one rank, else by their whole names, for
+    PEFT takes the first name that a module's ends with.
+    """
+    of: dict[LoraTarget, dict[str, int]] = {}
+    for spec, shapes in _targets(config, lora):
+        modules, a_shape = of.setdefault(_target(spec), {}), shapes["lora_a"]
+        modules |= dict.fromkeys(_peft_paths(module_path(spec), a_shape), a_shape[-2])
+    found: dict[str, int] = {}
+    for target, modules in of.items():
+        same = {_peft_name(target): next(iter(modules.values()))} if len(set(modules.values())) == 1 else modules
+        found |= {name: rank for name, rank in same.items() if rank != lora.rank}
+    return found
+
+
 def _peft_paths(path: str, shape: tuple[int, ...]) -> list[str]:
     """PEFT's module paths for ours: the tied head by its own name, an expert stack as one module per expert."""
     if path == EMBEDDING.removesuffix(".weight"):
         return ["lm_head"]
-    if len(shape) == 2:
+    if len(shape) < 3:
         return [path]
     stem, matrix = path.rsplit(".", 1)
     return [f"{stem}.{e}.{matrix}" for e in range(shape[0])]

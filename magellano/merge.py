@@ -1,4 +1,4 @@
-"""The weights of a model with its adapters in them: W + s B A, dense, one tensor at a time.
+"""The weights of a model with its adapters in them: W + s B A, and DoRA's rows of that; dense, one tensor at a time.
 
 Shapes: O out, I in, r rank, E experts.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from magellano import lora
 from magellano.backend import mx, tree_flatten
 from magellano.layout import ParamSpec, parameters
-from magellano.linear import Adapted
+from magellano.linear import Adapted, merged
 from magellano.model import MagellanoLM
 from magellano.nf4 import NF4Stack, NF4Tensor
 
@@ -31,15 +31,17 @@ def pieces(module: Adapted) -> Iterator[mx.array]:
 
 
 def piece(module: Adapted, expert: int) -> mx.array:
-    """W + s B A, float32 [O, I]; of one expert of a stack."""
+    """W with its adapter, float32 [O, I]; of one expert of a stack."""
     held, stacked = module.base, len(shape(module)) == 3
     matrix = held[expert] if stacked and not isinstance(held, NF4Tensor) else held
     assert not isinstance(matrix, NF4Stack)
     w = matrix.astype(mx.float32) if isinstance(matrix, mx.array) else matrix.dequantize(mx.float32)
     if not module.adapted:
         return w
-    a, b = (x[expert] if stacked else x for x in (module.lora_a, module.lora_b))
-    return w + module.lora_scale * (b.astype(mx.float32) @ a.astype(mx.float32))
+    m = module.magnitude
+    arrays = [module.lora_a, module.lora_b, *([] if m is None else [m])]
+    a, b, *rest = (x[expert] if stacked else x for x in arrays)
+    return merged(w, a, b, module.lora_scale, *rest)
 
 
 def at(part: Any, path: str) -> Adapted:

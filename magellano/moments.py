@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from magellano.layout import SMALL_WEIGHT, ParamSpec, layer_parameters, lora_shapes, parameters
-from magellano.names import Compute, LayerKind, LoraTarget, StateDtype
+from magellano.layout import SMALL_WEIGHT, ParamSpec, adapter_shapes, layer_parameters, parameters
+from magellano.names import Compute, LayerKind, LoraKind, LoraTarget, StateDtype
 from magellano.nf4 import SLICE_VALUES
 from magellano.ops.moe import most_together
 from magellano.ops.nf4 import BLOCK
@@ -68,17 +68,26 @@ class Sizes:
         """Bytes of a projection of so many values while a product needs it."""
         return 0 if size <= SMALL_WEIGHT else self.width * size
 
-    def rank(self, target: LoraTarget) -> int:
+    def rank(self, target: LoraTarget, layer: int | None = None) -> int:
         lora = self.profile.lora
-        return lora.rank_of(target) if target in lora.targets else 0
+        return lora.rank_of(target, layer) if target in lora.targets else 0
 
     def adapter(self, spec: ParamSpec) -> list[int]:
-        """The sizes of A and B on `spec`; none without an adapter."""
-        shapes = lora_shapes(spec, self.profile.lora) or ()
-        return [math.prod(shape) for shape in shapes]
+        """The sizes of the arrays of the adapter on `spec`; none without one."""
+        return [math.prod(shape) for shape in adapter_shapes(spec, self.profile.lora).values()]
 
     def layer_adapters(self, layer: int) -> list[int]:
         return [n for spec in layer_parameters(self.profile.model, layer) for n in self.adapter(spec)]
+
+    @cached_property
+    def dora(self) -> bool:
+        return self.profile.lora.kind is LoraKind.DORA
+
+    @cached_property
+    def lengths(self) -> int:
+        """How many rows DoRA gives a length of their own."""
+        shapes = (adapter_shapes(spec, self.profile.lora) for spec in parameters(self.profile.model))
+        return sum(math.prod(each.get("lora_m", (0,))) for each in shapes)
 
     @cached_property
     def adapters(self) -> list[int]:
@@ -87,14 +96,14 @@ class Sizes:
 
 def forward(s: Sizes, layer: int) -> Parts:
     """While a layer runs forward."""
-    return (_mamba_forward if s.profile.model.kind(layer) is LayerKind.MAMBA else _moe_forward)(s)
+    return _mamba_forward(s) if s.profile.model.kind(layer) is LayerKind.MAMBA else _moe_forward(s, layer)
 
 
 def backward(s: Sizes, layer: int) -> Parts:
     """While a layer's backward runs: its forward again, then its gradients, its adapter's among them."""
     if s.profile.model.kind(layer) is LayerKind.MAMBA:
         return _mamba_backward(s)
-    return _moe_backward(s, s.layer_adapters(layer))
+    return _moe_backward(s, layer)
 
 
 def _mamba_forward(s: Sizes) -> Parts:
@@ -111,16 +120,17 @@ def _mamba_backward(s: Sizes) -> Parts:
     m, M = s.profile.model, s.rows
     D, I, N, R, K = m.d_model, m.d_inner, m.d_state, m.dt_rank, m.d_conv
     dense = s.dense(2 * I * D)
+    scaled = 2 * I if s.dora else 0  # in_proj's gradient before DoRA's lengths
     partial = FLOAT32 * M * 2 * N * -(-I // _geometry(s).group_channels)  # of db and dc, one a threadgroup
     if s.gpu:
         # the scan: u; x, z, x after the convolution, dt, y and dy; a contiguous z; dx, ddt, dz
         scan = s.width * M * (2 * D + 10 * I + 2 * (R + 2 * N)) + partial + _borders(s)
-        projection = s.width * M * (3 * D + 7 * I)
+        projection = s.width * M * (3 * D + 7 * I + scaled)
         return {LAYER: scan} if scan >= projection + dense else {LAYER: projection, DENSE: dense}
     thin = s.width * M * 4 * (R + 2 * N) + partial + _borders(s)
     # the convolution: the norm's three values; the seven above less dy; ddt, dz, dx twice and its sum; x contiguous, dx
     convolution = s.width * M * (3 * D + 12 * I) + thin + FLOAT32 * M * I * (K + 1) // 64
-    projection = s.width * M * (4 * D + 10 * I) + thin
+    projection = s.width * M * (4 * D + 10 * I + scaled) + thin
     return {LAYER: convolution} if convolution >= projection + dense else {LAYER: projection, DENSE: dense}
 
 
@@ -151,28 +161,29 @@ def _part_rows(s: Sizes) -> int:
     return min(rows, int(FULLEST_PART * rows * most_together(m.n_experts) / m.n_experts))
 
 
-def _moe_forward(s: Sizes) -> Parts:
+def _moe_forward(s: Sizes, layer: int) -> Parts:
     """Each row's x, relu and A x stay until the end on a CPU, and y; then the rows of y side by side, and their sum."""
     m, M = s.profile.model, s.rows
-    D, F, r = m.d_model, m.d_up, s.rank(LoraTarget.W1)
+    D, F, r = m.d_model, m.d_up, s.rank(LoraTarget.W1, layer)
     rows, most = _expert_rows(s)
     if s.gpu:
-        layer = s.width * (2 * M * D + rows * (2 * D + F + r) + _part_rows(s) * F)
-        return {LAYER: layer, DENSE: s.width * most_together(m.n_experts) * F * D}
+        made = s.width * (2 * M * D + rows * (2 * D + F + r) + _part_rows(s) * F)
+        return {LAYER: made, DENSE: s.width * most_together(m.n_experts) * F * D}
     live = M * D + rows * (2 * D + F + r) + most * F
     return _larger(s, live, gather=rows * 2 * D, dense=F * D)
 
 
-def _moe_backward(s: Sizes, adapters: list[int]) -> Parts:
+def _moe_backward(s: Sizes, layer: int) -> Parts:
     """Each row's x, relu and A x, and the gradients dy, dh and dx stay until the adapter's gradients are made."""
-    m, M = s.profile.model, s.rows
-    D, F, r = m.d_model, m.d_up, max(s.rank(LoraTarget.W1), s.rank(LoraTarget.W2))
+    m, M, adapters = s.profile.model, s.rows, s.layer_adapters(layer)
+    D, F, r = m.d_model, m.d_up, max(s.rank(target, layer) for target in (LoraTarget.W1, LoraTarget.W2))
     rows, most = _expert_rows(s)
+    down = rows * D if s.dora else 0  # w2's products, for the gradient of their lengths
     if s.gpu:  # and the adapter in 16 bits; of one part at a time dy, da and dh, and one of its weights
-        layer = s.width * (4 * M * D + rows * (2 * D + F + 4 * r) + _part_rows(s) * (D + 2 * F) + sum(adapters))
-        return {LAYER: layer, DENSE: s.width * most_together(m.n_experts) * F * D}
+        values = 4 * M * D + rows * (2 * D + F + 4 * r) + _part_rows(s) * (D + 2 * F) + sum(adapters) + down
+        return {LAYER: s.width * values, DENSE: s.width * most_together(m.n_experts) * F * D}
     # the norm's three values and an output that stays zero; of the last expert da, in three copies
-    live = 4 * M * D + rows * (3 * D + 2 * F + 5 * r) + 3 * most * F
+    live = 4 * M * D + rows * (3 * D + 2 * F + 5 * r) + 3 * most * F + down
     made = _larger(s, live, gather=rows * 3 * D + M * D, dense=F * D + most * D)
     gradients = FLOAT32 * (sum(adapters) + max(adapters, default=0))
     return made if sum(made.values()) >= s.width * live + gradients else {LAYER: s.width * live + gradients}

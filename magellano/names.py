@@ -159,3 +159,17 @@ class LoraTarget(StrEnum):
     W1 = "w1"
     W2 = "w2"
     HEAD = "head"  # tied with the embedding: one adapter serves both
+
+
+class LoraKind(StrEnum):
+    """What an adapter does to a weight."""
+
+    LORA = "lora"  # W + s B A
+    DORA = "dora"  # the same, each row scaled to a length of its own, which trains
+
+
+class LoraInit(StrEnum):
+    """How an adapter starts."""
+
+    ZERO = "zero"  # A random, B zero: the model is the quantised base's
+    LOFTQ = "loftq"  # from what quantising lost: the model is nearer to the base in 16 bits

@@ -34,6 +34,7 @@ class _Group:
     names: list[str]
     shapes: list[tuple[int, ...]]
     own: mx.array  # float32 [8], see op.own_numbers
+    times: float  # its learning rate over the optimiser's
     moments: Moments  # flat
     given: list[mx.array]  # the last new parameters that were handed out, and the flat tensor that they are views of
     flat: mx.array | None = None
@@ -61,7 +62,8 @@ class AdamW:
     `learning_rate` is a number or a function of the step, from 0, which is asked for up to 64 steps ahead: on a GPU a
     step must upload nothing, for that costs more than the step. It may be set anew at any time.
 
-    `decays(name)` says which parameters weight decay touches; by default all. Small parameters of one kind step as few
+    `decays(name)` says which parameters weight decay touches; by default all. `rates(name)` multiplies a parameter's
+    learning rate, and so what decays of it; by default 1. Small parameters of one kind step as few
     flat tensors: a launch costs more than they do. The stochastic rounding of float16 states depends on the seed, the
     step, and which parameters step together.
 
@@ -82,17 +84,18 @@ class AdamW:
         *,
         amsgrad: bool = False,
         decays: Callable[[str], bool] = lambda name: True,
+        rates: Callable[[str], float] = lambda name: 1.0,
     ):
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
         self.dtype = {StateDtype.FLOAT32: mx.float32, StateDtype.FLOAT16: mx.float16}[StateDtype(state)]
-        self.seed, self.amsgrad, self.decays = seed, amsgrad, decays
+        self.seed, self.amsgrad, self.decays, self.rates = seed, amsgrad, decays, rates
         self._step = 0
         self._loose: dict[str, mx.array] = {}  # states of parameters that are in no group yet
         self._groups: list[_Group] = []
         self._kinds: list[Any] = []  # what the groups were made for
         self._settings: Any = None  # with what
         self._alone = True  # nobody else holds the groups' states
-        self._window: tuple[Any, range, list[mx.array]] | None = None  # what it was made from, its steps, theirs
+        self._windows: dict[float, tuple[Any, range, list[mx.array]]] = {}  # what it was made from, its steps, theirs
 
     @property
     def state(self) -> dict[str, mx.array]:
@@ -176,12 +179,14 @@ class AdamW:
         """
         self._arrange(current, grads)
         self._step += 1
-        now, times = self._now(learning_rate), op.factor_numbers(factor)
+        now = {times: self._now(learning_rate, times) for times in {group.times for group in self._groups}}
+        factors = op.factor_numbers(factor)
         new: dict[str, mx.array] = {}
         running: list[mx.array] = []
         for group in self._groups:
             w, g = group.weights(current), join([grads.pop(name) for name in group.names])
-            w, group.moments = adamw(w, g, group.moments, Numbers(now, group.own, times), in_place=self._alone)
+            numbers = Numbers(now[group.times], group.own, factors)
+            w, group.moments = adamw(w, g, group.moments, numbers, in_place=self._alone)
             group.flat, group.given = w, _cut(w, group.shapes)
             made = dict(zip(group.names, group.given, strict=True))
             if model is None:
@@ -203,17 +208,19 @@ class AdamW:
         """Do not count the last step, whose factor was not finite."""
         self._step -= 1
 
-    def _now(self, learning_rate: float | mx.array | None) -> mx.array:
-        """The numbers of step `self._step`, made for many steps at once (see op.now_numbers)."""
+    def _now(self, learning_rate: float | mx.array | None, times: float) -> mx.array:
+        """The numbers of step `self._step` at `times` the learning rate, made for many steps at once (see
+        op.now_numbers).
+        """
         if learning_rate is not None:
-            return op.now_of(self._step, learning_rate, self.betas)
-        made_from = (self.learning_rate, self.betas)
-        if self._window is None or self._window[0] != made_from or self._step not in self._window[1]:
+            return op.now_of(self._step, learning_rate if times == 1.0 else learning_rate * times, self.betas)
+        made_from, window = (self.learning_rate, self.betas), self._windows.get(times)
+        if window is None or window[0] != made_from or self._step not in window[1]:
             steps = range(self._step, self._step + _WINDOW)
             lr = self.learning_rate
-            rates = [lr(t - 1) for t in steps] if callable(lr) else [lr] * _WINDOW
-            self._window = made_from, steps, op.now_numbers(self._step, rates, self.betas)
-        return self._window[2][self._step - self._window[1].start]
+            rates = [times * (lr(t - 1) if callable(lr) else lr) for t in steps]
+            window = self._windows[times] = made_from, steps, op.now_numbers(self._step, rates, self.betas)
+        return window[2][self._step - window[1].start]
 
     @property
     def _parts(self) -> tuple[str, ...]:
@@ -231,7 +238,7 @@ class AdamW:
         groups, self._alone = [], False  # the states may be someone's arrays
         for name, _, *dtypes in kinds:
             if current[name].size < (SMALL_ON_GPU if on_gpu() else SMALL_ON_CPU):
-                joined = small.setdefault((self.decays(name), *dtypes), [[]])
+                joined = small.setdefault((self.decays(name), self.rates(name), *dtypes), [[]])
                 if joined[-1] and sum(current[n].size for n in (*joined[-1], name)) > JOINED:
                     joined.append([])
                 joined[-1].append(name)
@@ -248,7 +255,7 @@ class AdamW:
         salt = zlib.crc32("\n".join(names).encode(), self.seed & 0xFFFFFFFF)
         decay = self.weight_decay if self.decays(names[0]) else 0.0
         own = op.own_numbers(self.betas, self.eps, decay, salt)
-        return _Group(names, [current[name].shape for name in names], own, moments, [])
+        return _Group(names, [current[name].shape for name in names], own, self.rates(names[0]), moments, [])
 
 
 def _cut(flat: mx.array, shapes: list[tuple[int, ...]]) -> list[mx.array]:

@@ -18,7 +18,7 @@ from magellano.foreign import is_dense
 from magellano.headers import Header
 from magellano.layout import HEAD, ParamSpec, parameters
 from magellano.loader import FLOATS
-from magellano.names import LoraTarget
+from magellano.names import LoraInit, LoraKind, LoraTarget
 from magellano.profile import LoraConfig, ModelConfig
 from magellano.tensors import load_file
 
@@ -32,11 +32,13 @@ WHY_NOT = {
 }
 # Settings of PEFT that change what an adapter computes, or the base, and that are not known here.
 _UNKNOWN = (
-    "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "trainable_token_indices",
+    "lora_bias", "modules_to_save", "fan_in_fan_out", "layer_replication", "trainable_token_indices",
     "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config",
     "monteclora_config",
 )  # fmt: skip
-_NAME = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
+_NAME = re.compile(r"base_model\.model\.([\w.]+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", re.ASCII)
+_PARTS = {peft: part for part, peft in lora.PEFT.items()}
+Parts = dict[str, mx.array]  # of a module's adapter, by our names
 _PATTERN = re.compile(r"[\w.]+", re.ASCII)
 
 
@@ -47,6 +49,11 @@ def write(folder: Path, config: ModelConfig, settings: LoraConfig, tensors: dict
     if wrong := [t for t in settings.targets if (t, config.tied) != (LoraTarget.HEAD, False) and t in WHY_NOT]:
         said = "; ".join(f"{target}: {WHY_NOT[target]}" for target in wrong)
         raise InputError(f"PEFT cannot run this adapter ({said}); merge it: magellano fuse RUN OUT")
+    if settings.init is LoraInit.LOFTQ:
+        raise InputError(
+            'this adapter started as the error of its NF4 base (lora.init "loftq"), which the base in PEFT does not '
+            "have; merge it: magellano fuse RUN OUT"
+        )
     if not is_dense(config):
         raise InputError("transformers has no such model (Mamba with experts); export it to mlx-lm")
     lora.save(folder, config, settings, tensors, base)
@@ -56,49 +63,51 @@ def write(folder: Path, config: ModelConfig, settings: LoraConfig, tensors: dict
     path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, mx.array]]:
-    """The adapter in `folder` for a model of shape `config`, as `lora.attach` takes it: ranks padded with zeros to one
-    a target, scales in B. InputError where it has modules or settings that are not known here.
+def read(folder: Path, config: ModelConfig, base: lora.Base | None = None) -> tuple[LoraConfig, dict[str, mx.array]]:
+    """The adapter in `folder` for a model of shape `config`, as `lora.attach` takes it: each module with the rank of
+    its tensors, or of rank 1 and zero where it has none; scales in B. DoRA needs the weights of the `base`. InputError
+    where it has modules or settings that are not known here.
     """
     path = folder / lora.CONFIG
     description = files.read_json(path, REMEDY)
     scales = _Scales(path, description)
     modules = _modules(config)
-    stored = load_file(folder / lora.WEIGHTS, lambda header: _check(folder / lora.WEIGHTS, header, modules))
+    kind = LoraKind.DORA if description.get("use_dora") else LoraKind.LORA
+    stored = load_file(folder / lora.WEIGHTS, lambda header: _check(folder / lora.WEIGHTS, header, modules, kind))
     mx.eval(stored)
-    pairs: dict[str, list[mx.array]] = {}
-    for name, value in sorted(stored.items()):  # A before B
-        pairs.setdefault(_path(name), []).append(value.astype(mx.float32))
-    ranks: dict[LoraTarget, int] = {}
-    for module, (a, b) in list(pairs.items()):
+    found: dict[str, Parts] = {}
+    for name, value in stored.items():
+        module, part = _parsed(name)
+        found.setdefault(module, {})[part] = value.astype(mx.float32)
+    ranks: dict[str, int] = {}  # by parameter
+    for module, parts in list(found.items()):
         spec = modules[module]
         if spec.target is LoraTarget.DT_PROJ:
-            if mx.any(b != 0).item():
+            if mx.any(parts["lora_b"] != 0).item():
                 raise InputError(f"{folder / lora.WEIGHTS}: {module}: {WHY_NOT[LoraTarget.DT_PROJ]}; {REMEDY}")
-            del pairs[module]
+            del found[module]
             continue
-        assert spec.target is not None
-        ranks[spec.target] = max(ranks.get(spec.target, 0), a.shape[0])
+        ranks[spec.name] = parts["lora_a"].shape[0]
     if not ranks:
         raise InputError(f"{folder / lora.WEIGHTS}: nothing in it has an effect; {REMEDY}")
-    settings = LoraConfig(rank=max(ranks.values()), alpha=1.0, targets=tuple(ranks), ranks=ranks)
-    return settings, _padded(config, settings, pairs, scales)
+    settings = lora.settings_of(config, ranks, kind)
+    return settings, _placed(config, settings, found, scales, base)
 
 
-def _padded(
-    config: ModelConfig, settings: LoraConfig, pairs: dict[str, list[mx.array]], scales: "_Scales"
+def _placed(
+    config: ModelConfig, settings: LoraConfig, found: dict[str, Parts], scales: "_Scales", base: lora.Base | None
 ) -> dict[str, mx.array]:
-    tensors = lora.start(config, settings)
-    for spec, rank in ((s, settings.rank_of(s.target)) for s in parameters(config) if s.target in settings.targets):
+    tensors = lora.start(config, settings, base)
+    for spec in parameters(config):
         path = lora.module_path(spec)
-        if path not in pairs:
-            tensors[f"{path}.lora_a"] = mx.zeros((rank, spec.shape[1]))
+        if spec.target not in settings.targets:
             continue
-        a, b = pairs[path]
-        more = rank - a.shape[0]
-        scale = scales.of(path, a.shape[0]) * rank / settings.alpha
-        tensors[f"{path}.lora_a"] = mx.pad(a, [(0, more), (0, 0)])
-        tensors[f"{path}.lora_b"] = mx.pad(scale * b, [(0, 0), (0, more)])
+        if path not in found:
+            tensors[f"{path}.lora_a"] = mx.zeros_like(tensors[f"{path}.lora_a"])
+            continue
+        rank = found[path]["lora_a"].shape[0]
+        found[path]["lora_b"] = scales.of(path, rank) * rank / settings.alpha * found[path]["lora_b"]
+        tensors |= {f"{path}.{part}": value for part, value in found[path].items()}
     mx.eval(tensors)
     return tensors
 
@@ -145,28 +154,33 @@ def _modules(config: ModelConfig) -> dict[str, ParamSpec]:
     return {lora.module_path(spec): spec for spec in specs}
 
 
-def _path(name: str) -> str:
+def _parsed(name: str) -> tuple[str, str]:
+    """Module and part ("lora_a") of a tensor's name that `_check` has seen."""
     match = _NAME.fullmatch(name)
     assert match
-    return match[1]
+    return match[1], _PARTS[match[2]]
 
 
-def _check(path: Path, header: Header, modules: dict[str, ParamSpec]) -> None:
-    """InputError unless `header` has an A and a B of one rank for each of some of `modules`, and nothing else."""
+def _check(path: Path, header: Header, modules: dict[str, ParamSpec], kind: LoraKind) -> None:
+    """InputError unless `header` has an A and a B of one rank, and for DoRA the rows' lengths, for each of some of
+    `modules`, and nothing else.
+    """
     ranks: dict[str, dict[str, int]] = {}
+    wanted = ["lora_a", "lora_b", *(["lora_m"] if kind is LoraKind.DORA else [])]
     for name, entry in header.items():
         match = _NAME.fullmatch(name)
         spec = modules.get(match[1]) if match else None
-        if match is None or spec is None:
+        if match is None or spec is None or _PARTS[match[2]] not in wanted:
             known = ", ".join(sorted({m.rsplit(".", 1)[-1] for m in modules}))
             raise InputError(f"{path}: tensor {files.shown(name)} is no adapter on {known} of this model; {REMEDY}")
-        out, inner = spec.shape
-        fits = len(entry.shape) == 2 and entry.dtype in FLOATS
-        rank, size = (entry.shape if match[2] == "A" else entry.shape[::-1]) if fits else (0, 0)
-        wanted = inner if match[2] == "A" else out
-        if not fits or size != wanted or not 1 <= rank <= lora.RANK:
+        (out, inner), part = spec.shape, _PARTS[match[2]]
+        shape = {"lora_a": (*entry.shape[:1], inner), "lora_b": (out, *entry.shape[1:2]), "lora_m": (out,)}[part]
+        rank = 1 if part == "lora_m" else entry.shape[part == "lora_b"] if len(entry.shape) == 2 else 0
+        if entry.shape != shape or entry.dtype not in FLOATS or not 1 <= rank <= lora.RANK:
             raise InputError(f"{path}: tensor {name} is {entry.dtype} {entry.shape}, which does not fit; {REMEDY}")
-        ranks.setdefault(match[1], {})[match[2]] = rank
+        ranks.setdefault(match[1], {})[part] = rank
     for module, found in ranks.items():
-        if found.get("A") != found.get("B"):
-            raise InputError(f"{path}: {module}: A and B have ranks {found.get('A')} and {found.get('B')}; {REMEDY}")
+        if missing := [part for part in wanted if part not in found]:
+            raise InputError(f"{path}: tensor {module}.{lora.PEFT[missing[0]]} is missing; {REMEDY}")
+        if found["lora_a"] != found["lora_b"]:
+            raise InputError(f"{path}: {module}: A and B have ranks {found['lora_a']} and {found['lora_b']}; {REMEDY}")

@@ -11,6 +11,7 @@ from typing import Any
 from magellano import durable
 from magellano.artifacts import content_digest, stage_key
 from magellano.errors import InputError
+from magellano.lora_config import LoraConfig
 from magellano.names import BaseSource, DataRender, Stage
 from magellano.profile import DataConfig, Profile
 from magellano.tokenizer import FILE, Tokenizer, ours
@@ -59,9 +60,10 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
             seeded = profile.base.source is BaseSource.SEEDED
             return {"model": profile.model, "quantize": profile.quantize, "seed": profile.base.seed if seeded else None}
         case Stage.ATTACH_LORA:
-            return {"lora": profile.lora.model_dump(mode="json", exclude=set() if profile.lora.rslora else {"rslora"})}
+            return {"lora": _adapter(profile.lora)}
         case Stage.TRAIN:
-            return {"train": profile.train} | _loss(profile)
+            plus = profile.lora.plus
+            return {"train": profile.train} | _loss(profile) | ({} if plus == 1.0 else {"lora.plus": plus})
         case Stage.CHECKPOINT:
             return {"profile": profile.name}
         case Stage.EVALUATE:
@@ -88,6 +90,13 @@ def fingerprint(profile: Profile, data: str, pretrain_data: str | None, base: st
 def _loss(profile: Profile) -> dict[str, Any]:
     """[loss] where it differs from plain cross-entropy, for which its other keys mean nothing."""
     return {"loss": profile.loss} if profile.loss.has_entropy else {}
+
+
+def _adapter(lora: LoraConfig) -> dict[str, Any]:
+    """What the starting adapter depends on; keys that came later stand in it where they are set."""
+    made, default = lora.model_dump(mode="json", exclude={"plus"}), LoraConfig().model_dump(mode="json")
+    later = {"kind", "rslora", "rank_pattern", "init"}
+    return {key: value for key, value in made.items() if key not in later or value != default[key]}
 
 
 def with_dependents(stages: Iterable[Stage]) -> frozenset[Stage]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from magellano import activations, moments
 from magellano.layout import ParamSpec, count, lora_count, lora_shapes, parameters
 from magellano.moments import FLOAT32, Parts, Sizes
-from magellano.names import LayerKind, Recompute
+from magellano.names import LayerKind, LoraKind, Recompute
 from magellano.ops.nf4 import BLOCK, SCALE_BLOCK
 from magellano.profile import Profile
 
@@ -63,8 +63,8 @@ def fine_tune(profile: Profile, gpu: bool) -> Plan:
         parts[UNDER_WAY] = int(UNDER_WAY_SHARE * sum(parts.values())) if gpu else 0
     totals = {name: sum(parts.values()) for name, parts in found.items()}
     worst = max(totals, key=lambda name: totals[name])
-    tokens = s.rows * profile.train.accumulate
-    flops = flops_per_token(profile, recomputes(profile, gpu)) * tokens
+    tokens, again = s.rows * profile.train.accumulate, recomputes(profile, gpu)
+    flops = flops_per_token(profile, again) * tokens + profile.train.accumulate * (1 + again) * norms_flops(profile)
     return Plan(
         count(profile.model), lora_count(profile.model, profile.lora), found[worst], worst, totals, tokens, flops
     )
@@ -118,6 +118,7 @@ def _held(s: Sizes) -> Parts:
         "other weights": FLOAT32 * sum(spec.size for spec in specs if not s.quantizes(spec)),
         "small weights, dense too": s.width * sum(spec.size for spec in quantized if s.kept_dense(spec)),
         "adapters": FLOAT32 * trainable,
+        "squares of the base's rows": FLOAT32 * s.lengths,
         "optimiser": 2 * s.state * trainable,
     }
 
@@ -189,3 +190,11 @@ def flops_per_token(profile: Profile, again: bool = True) -> int:
             adapters += size * m.top_k // m.n_experts if routed else size
     scan = 9 * m.d_inner * m.d_state * sum(m.kind(layer) is LayerKind.MAMBA for layer in range(m.n_layers))
     return (4 + 2 * again) * active + (2 + again) * scan + (6 + 2 * again) * adapters
+
+
+def norms_flops(profile: Profile) -> int:
+    """What DoRA's norms take in a pass, whatever its tokens: A W^T of every matrix that has an adapter."""
+    if profile.lora.kind is not LoraKind.DORA:
+        return 0
+    pairs = ((spec, lora_shapes(spec, profile.lora)) for spec in parameters(profile.model))
+    return sum(2 * spec.size * pair[0][-2] for spec, pair in pairs if pair)

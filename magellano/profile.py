@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from magellano.data import rules
 from magellano.errors import InputError
+from magellano.lora_config import LoraConfig
 from magellano.names import (
     BaseSource,
     Compute,
@@ -26,13 +27,12 @@ from magellano.names import (
     Recompute,
     StateDtype,
 )
-from magellano.shape import ModelConfig, NonNegative, Positive, Section
+from magellano.section import Fraction, NonNegative, Positive, Section
+from magellano.shape import ModelConfig
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
 
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Target = Annotated[LoraTarget, Field(strict=False)]  # TOML and JSON give strings
-Told = Annotated[Event, Field(strict=False)]
+Told = Annotated[Event, Field(strict=False)]  # TOML and JSON give strings
 
 
 class BaseConfig(Section):
@@ -93,28 +93,6 @@ class QuantizeConfig(Section):
     """NF4 with double quantisation (Dettmers et al. 2023, arXiv 2305.14314)."""
 
     embedding: bool = True  # quantise the tied embedding/head too
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank * B A."""
-
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    rslora: bool = False  # alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)
-    targets: tuple[Target, ...] = Field(default=tuple(LoraTarget), strict=False)
-    ranks: dict[Target, Positive] = Field(default_factory=dict, strict=False)  # where a target's rank differs
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    def rank_of(self, target: LoraTarget) -> int:
-        return self.ranks.get(target, self.rank)
-
-    @model_validator(mode="after")
-    def _targets(self) -> "LoraConfig":
-        if not self.targets:
-            raise ValueError("targets is empty: nothing would train")
-        if extra := set(self.ranks) - set(self.targets):
-            raise ValueError(f"ranks names {sorted(map(str, extra))}, not among targets; add or drop them")
-        return self
 
 
 class LossConfig(Section):
@@ -235,6 +213,15 @@ class Profile(Section):
     def _base(self) -> "Profile":
         if self.base.source is BaseSource.PRETRAIN and self.pretrain is None:
             raise ValueError('base.source is "pretrain" but there is no [pretrain] section; add one')
+        return self
+
+    @model_validator(mode="after")
+    def _patterns(self) -> "Profile":
+        if key := self.lora.without_effect(self.model.n_layers, self.model.kind):
+            raise ValueError(
+                f"lora.rank_pattern {key} matches no projection with an adapter: layers are 0 to "
+                f"{self.model.n_layers - 1}, every {self.model.moe_every}th has w1 and w2, the others the rest"
+            )
         return self
 
     @model_validator(mode="after")

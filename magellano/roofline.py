@@ -111,9 +111,10 @@ def step(profile: Profile, on: Machine) -> Step:
     mamba = sum(m.kind(layer) is LayerKind.MAMBA for layer in range(m.n_layers))
     efficiency = GPU_EFFICIENCY if on.gpu else CPU_EFFICIENCY
     again = plan.recomputes(profile, on.gpu)  # forward a second time
+    products = plan.flops_per_token(profile, again) * s.rows + (1 + again) * plan.norms_flops(profile)
     updates = (1 + again + SCAN_BACKWARD) * s.rows * m.d_inner * m.d_state * mamba
     parts = {
-        "products": micro * plan.flops_per_token(profile, again) * s.rows / (efficiency * on.matmul),
+        "products": micro * products / (efficiency * on.matmul),
         "scan": micro * updates / on.scan,
         "weights made dense": micro * _dense_bytes(s, again) / on.bandwidth,
         "activations": micro * _activation_bytes(s, again) / on.bandwidth,
@@ -140,14 +141,16 @@ def matmul_rate_for(profile: Profile, tokens_per_s: float) -> float:
 
 def _dense_bytes(s: Sizes, again: bool) -> int:
     """Codes are read and dense values written, forward, again, and backward; what only makes an output is left out when
-    a layer is made again. The head is made dense once on a GPU, and on a CPU twice a chunk of the loss.
+    a layer is made again, but not with DoRA. The head is made dense once on a GPU, and on a CPU twice a chunk of the
+    loss.
     """
     unread = (LoraTarget.OUT_PROJ, LoraTarget.W2)
     chunks = -(-s.rows // s.profile.train.loss_chunk)
     total = 0.0
     for spec in parameters(s.profile.model):
         if s.quantizes(spec):
-            passes = 2 + (again and spec.target not in unread)
+            normed = s.dora and bool(s.adapter(spec))  # made dense for DoRA's norms too
+            passes = 2 + (again and (normed or spec.target not in unread)) + (1 + again) * normed
             if spec.target is LoraTarget.HEAD:
                 passes = 1 if s.gpu else 2 * chunks
             total += passes * spec.size * (s.width + 0.52)

@@ -1,17 +1,11 @@
-"""[model]: the shape of a model, and what the sections of a profile have in common."""
+"""[model]: the shape of a model."""
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from magellano.names import FinalNorm, Gate, Hidden, LayerKind
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from magellano.section import NonNegative, Positive, Section
 
 
 class ModelConfig(Section):

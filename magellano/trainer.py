@@ -65,8 +65,9 @@ class Trainer:
         tokens: Path,
         loss: LossConfig | None = None,
         limit_gib: float = 0.0,
+        plus: float = 1.0,
     ):
-        """`limit_gib`: as the profile's [memory]; 0: none."""
+        """`limit_gib`: as the profile's [memory]; 0: none. `plus`: as its [lora]."""
         self.model, self.config = model, config
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
         model.compute = compute_dtype(config.compute)
@@ -76,7 +77,8 @@ class Trainer:
         decays = {spec.name for spec in parameters(model.config) if spec.decays}
         self.optimizer = AdamW(
             config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay, config.state, config.seed,
-            decays=lambda name: name in decays or ".lora_" in name,
+            decays=lambda name: name in decays or name.endswith((".lora_a", ".lora_b")),
+            rates=lambda name: plus if name.endswith(".lora_b") else 1.0,
         )  # fmt: skip
         self.optimizer.init(model.trainable_parameters())
         float16 = config.compute is Compute.FLOAT16

@@ -24,11 +24,14 @@ def write(folder: Path, config: ModelConfig = TINY, seed: int = 3) -> MagellanoL
     return MagellanoLM(config, source)
 
 
-def adapter(config: ModelConfig, settings: LoraConfig, seed: int = 1) -> dict[str, mx.array]:
-    """An adapter whose every value is away from zero."""
+def adapter(
+    config: ModelConfig, settings: LoraConfig, seed: int = 1, base: lora.Base | None = None
+) -> dict[str, mx.array]:
+    """An adapter whose every value is away from zero; DoRA's lengths are near those of `base`."""
     rng = np.random.default_rng(seed)
-    start = lora.start(config, settings)
-    return {name: mx.array(rng.normal(0, 0.1, value.shape).astype(np.float32)) for name, value in start.items()}
+    start = lora.start(config, settings, base)
+    made = {name: mx.array(rng.normal(0, 0.1, value.shape).astype(np.float32)) for name, value in start.items()}
+    return {name: (1 + v) * start[name] if name.endswith("lora_m") else v for name, v in made.items()}
 
 
 def quantized(config: ModelConfig, lora_settings: LoraConfig | None = None, seed: int = 3) -> MagellanoLM:
@@ -43,5 +46,6 @@ def quantized(config: ModelConfig, lora_settings: LoraConfig | None = None, seed
 
     model = MagellanoLM(config, source)
     if lora_settings is not None:
-        lora.attach(model, lora_settings, adapter(config, lora_settings))
+        tensors = adapter(config, lora_settings, base=lora.base_of_model(model))
+        lora.attach(model, lora_settings, tensors)
     return model

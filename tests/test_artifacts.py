@@ -339,6 +339,10 @@ def changed(stage: Stage, override: str, value: object) -> bool:
         ("train.steps", 77, {Stage.TRAIN}),
         ("lora.rank", 3, {Stage.ATTACH_LORA}),
         ("lora.rslora", True, {Stage.ATTACH_LORA}),
+        ("lora.rank_pattern", {"layers.1": 3}, {Stage.ATTACH_LORA}),
+        ("lora.init", "loftq", {Stage.ATTACH_LORA}),
+        ("lora", {"kind": "dora", "targets": ["w1", "w2"]}, {Stage.ATTACH_LORA}),
+        ("lora.plus", 8.0, {Stage.TRAIN}),
         ("data.seq_len", 64, {Stage.TOKENIZE}),
         ("data.render", "toon", {Stage.TOKENIZE}),
         ("data.files", ["elsewhere.jsonl"], set()),  # the content counts

@@ -20,7 +20,8 @@ from magellano.names import LoraTarget
 from magellano.profile import LoraConfig, ModelConfig
 
 SMALL = ModelConfig(d_model=32, n_layers=4, n_experts=3, d_ff=24, d_state=4, dt_rank=4, vocab_size=300)
-LORA = LoraConfig(rank=4, alpha=12.0, ranks={LoraTarget.X_PROJ: 2})
+PATTERN = {"layers.1": 3, "layers.0-1.out_proj": 5, "w2": 6, "layers.3": 7}
+LORA = LoraConfig(rank=4, alpha=12.0, ranks={LoraTarget.X_PROJ: 2}, rank_pattern=PATTERN)
 TOKENS = mx.array(np.random.default_rng(0).integers(0, 300, (2, 13)))
 
 
@@ -49,7 +50,7 @@ def merged(spec: ParamSpec) -> mx.array:
     if spec.target is None:
         return w
     a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
-    return w + LORA.alpha / LORA.rank_of(spec.target) * (b @ a)
+    return w + LORA.alpha / LORA.rank_of(spec.target, spec.layer) * (b @ a)
 
 
 def test_rslora_scales_by_the_root_of_each_rank(tmp_path: Path) -> None:
@@ -62,12 +63,11 @@ def test_rslora_scales_by_the_root_of_each_rank(tmp_path: Path) -> None:
     assert settings == rooted
     model, plain = MagellanoLM(SMALL, dense), MagellanoLM(SMALL, dense)
     lora.attach(model, settings, tensors)
-    times = {t: lora.scale(rooted, t) / lora.scale(LORA, t) for t in LoraTarget}  # the same by larger B
-    larger = {}
+    larger = {}  # the same by larger B
     for spec in (spec for spec in parameters(SMALL) if spec.target is not None):
-        path = lora.module_path(spec)
+        path, of = lora.module_path(spec), (spec.target, spec.layer)
         larger |= {f"{path}.lora_a": tensors[f"{path}.lora_a"]}
-        larger |= {f"{path}.lora_b": times[spec.target] * tensors[f"{path}.lora_b"]}
+        larger |= {f"{path}.lora_b": lora.scale(rooted, *of) / lora.scale(LORA, *of) * tensors[f"{path}.lora_b"]}
     lora.attach(plain, LORA, larger)
     wanted = plain(TOKENS)
     assert float(mx.abs(model(TOKENS) - wanted).max() / mx.abs(wanted).max()) < 1e-5
@@ -92,11 +92,22 @@ def test_gradients_equal_those_of_the_dense_formula() -> None:
     for spec in parameters(SMALL):
         if spec.target is None:
             continue
-        path, s, dw = lora.module_path(spec), LORA.alpha / LORA.rank_of(spec.target), wanted[spec.name]
+        path, s, dw = lora.module_path(spec), LORA.alpha / LORA.rank_of(spec.target, spec.layer), wanted[spec.name]
         a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
         for name, value in (("lora_a", s * (b.swapaxes(-1, -2) @ dw)), ("lora_b", s * (dw @ a.swapaxes(-1, -2)))):
             error = float(mx.abs(grads[f"{path}.{name}"] - value).max() / mx.abs(value).max())
             assert error < 1e-4, f"{path}.{name}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("target", "layer", "rank"),
+    [("in_proj", 0, 4), ("x_proj", 0, 2), ("x_proj", 1, 3), ("in_proj", 1, 3), ("out_proj", 1, 5), ("out_proj", 2, 4),
+     ("w2", 7, 6), ("w2", 3, 7), ("w1", 3, 7), ("head", None, 4)],
+)  # fmt: skip
+def test_the_narrowest_pattern_gives_the_rank(target: str, layer: int | None, rank: int) -> None:
+    assert LORA.rank_of(LoraTarget(target), layer) == rank
+    backwards = LORA.model_copy(update={"rank_pattern": dict(reversed(PATTERN.items()))})
+    assert backwards.rank_of(LoraTarget(target), layer) == rank
 
 
 def test_the_start_changes_nothing() -> None:
@@ -112,6 +123,12 @@ def test_files_round_trip_and_have_pefts_names(tmp_path: Path) -> None:
     assert "base_model.model.backbone.layers.0.mixer.in_proj.lora_A.weight" in names
     assert "base_model.model.backbone.layers.3.mixer.experts.2.w1.lora_B.weight" in names
     assert "base_model.model.lm_head.lora_A.weight" in names
+    told = json.loads((tmp_path / lora.CONFIG).read_text())
+    mixer = "backbone.layers.{}.mixer.{}".format
+    ranks = {mixer(1, "in_proj"): 3, mixer(1, "dt_proj"): 3, mixer(0, "out_proj"): 5, mixer(1, "out_proj"): 5}
+    ranks |= {mixer(0, "x_proj"): 2, mixer(1, "x_proj"): 3, mixer(2, "x_proj"): 2, "w1": 7, "w2": 7}
+    assert told["rank_pattern"] == ranks
+    assert told["alpha_pattern"] == dict.fromkeys(ranks, 12.0)
     settings, read = lora.load(tmp_path, SMALL)
     assert settings == LORA
     for name, value in trained().items():
@@ -173,6 +190,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str, str]] = {  # what it is: (
     "rank 10**12": (_lora(rank=10**12), lora.CONFIG, "rank 1000000000000 is more than 65,536"),
     "rank of 4,000 digits": (_lora(rank=10**4000), lora.CONFIG, "rank a number of 13288 bits is more than"),
     "a target's rank": (_lora(ranks={"x_proj": 10**9}), lora.CONFIG, "rank 1000000000 is more than 65,536"),
+    "a layer's rank": (_lora(rank_pattern={"layers.1": 10**9}), lora.CONFIG, "rank 1000000000 is more than 65,536"),
+    "a pattern of nothing": (_lora(rank_pattern={"(x+)+$": 3}), lora.CONFIG, "rank_pattern names '(x+)+$'"),
     "rank 0": (_lora(rank=0), lora.CONFIG, "rank: Input should be greater than 0 (got 0)"),
     "rank true": (_lora(rank=True), lora.CONFIG, "rank: Input should be a valid integer (got True)"),
     "rank text": (_lora(rank="4"), lora.CONFIG, "rank: Input should be a valid integer (got '4')"),

@@ -90,6 +90,30 @@ def rate(step: int) -> float:
     return 0.02 / (1 + step)
 
 
+@pytest.mark.parametrize("small", [2, 1 << 18])  # elements from which a tensor steps alone, or all together
+def test_parameters_with_rates_of_their_own_step_as_by_optimisers_of_their_own(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SMALL_ON_CPU", small)
+    monkeypatch.setattr(module, "SMALL_ON_GPU", small)
+    monkeypatch.setattr(module, "_WINDOW", 3)
+    p = {"x.lora_a": mx.array([1.0, 2.0]), "x.lora_b": mx.array([[3.0], [-1.0]]), "y.lora_b": mx.array([5.0, 6.0])}
+    both = AdamW(rate, weight_decay=0.1, rates=lambda name: 16.0 if name.endswith("b") else 1.0)
+    slow, fast = AdamW(rate, weight_decay=0.1), AdamW(lambda step: 16.0 * rate(step), weight_decay=0.1)
+    apart = p
+    for step in range(5):  # over a border of the window
+        g = {name: a * step - 1 for name, a in p.items()}
+        p = both.apply_gradients(g, p)
+        a = slow.apply_gradients({"x.lora_a": g["x.lora_a"]}, {"x.lora_a": apart["x.lora_a"]})
+        names = ("x.lora_b", "y.lora_b")
+        apart = a | fast.apply_gradients({n: g[n] for n in names}, {n: apart[n] for n in names})
+        for name in p:
+            np.testing.assert_array_equal(p[name], apart[name], name)
+    given = both.apply_gradients(g, p, learning_rate=0.01)
+    wanted = fast.apply_gradients({n: g[n] for n in names}, {n: p[n] for n in names}, learning_rate=0.16)
+    np.testing.assert_allclose(given["x.lora_b"], wanted["x.lora_b"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("state", list(StateDtype))
 def test_a_schedule_is_the_rates_given_one_by_one(state: StateDtype) -> None:
     scheduled, told, resumed = AdamW(rate, state=state), AdamW(9.0, state=state), AdamW(rate, state=state)

@@ -16,6 +16,9 @@ from magellano.stages import quantize
 from magellano.trainer import Trainer
 
 TINY = {"model.d_model": 40, "model.n_layers": 4, "model.d_ff": 72, "model.d_state": 4, "model.vocab_size": 300}
+DORA = {
+    "lora.kind": "dora", "lora.ranks": {}, "lora.targets": ["in_proj", "x_proj", "dt_proj", "out_proj", "w1", "w2"],
+}  # fmt: skip
 PROFILES = ["demo", "phase1", "phase2", "phase3", "production3b"]
 
 
@@ -50,6 +53,7 @@ def measured(profile: Profile, folder: Path) -> int:
         (sized("demo", 4, 64, **{"quantize.embedding": False}), "loss"),
         (sized("phase1", 1, 32), "loss"),
         (sized("phase1", 4, 64, **{"train.state": "float16"}), "loss"),
+        (sized("demo", 4, 256, **DORA), "backward of layer 7 (moe)"),
     ],
     ids=lambda value: value.name if isinstance(value, Profile) else value,
 )
@@ -87,9 +91,11 @@ def test_weights_are_what_the_quantised_base_holds(embedding: bool, tmp_path: Pa
 
 
 def test_adapters_are_what_training_starts_with():
-    profile = tiny()
+    profile = tiny(**{"lora.rank_pattern": {"layers.1": 3, "layers.0-2.out_proj": 90}})
     start = lora.start(profile.model, profile.lora)
-    assert plan.fine_tune(profile, gpu=False).memory["adapters"] == sum(value.nbytes for value in start.values())
+    planned = plan.fine_tune(profile, gpu=False)
+    assert planned.memory["adapters"] == sum(value.nbytes for value in start.values())
+    assert planned.trainable == sum(value.size for value in start.values())
 
 
 def test_production3b_by_part_on_a_gpu():
@@ -123,6 +129,17 @@ def test_production3b_by_part_on_a_gpu():
 )
 def test_profiles_keep_to_their_bounds(name: str, batch: int, gpu: bool, gib: float):
     assert plan.fine_tune(load_profile(name, {"train.batch": batch}), gpu).total <= gib * plan.GIB
+
+
+def test_dora_adds_a_length_a_row_and_norms_to_each_pass():
+    profiles = (sized("demo", 2, 64, **{**DORA, "lora.kind": kind}) for kind in ("lora", "dora"))
+    plain, dora = (plan.fine_tune(profile, gpu=False) for profile in profiles)
+    D, I, R, N, F = 160, 320, 10, 8, 320
+    rows = 6 * (2 * I + (R + 2 * N) + I + D) + 2 * 4 * (F + D)
+    assert dora.trainable - plain.trainable == rows
+    assert dora.memory["squares of the base's rows"] == dora.memory["adapters"] - plain.memory["adapters"] == 4 * rows
+    weights = 6 * (2 * I * D + (R + 2 * N) * I + R * I + I * D) + 2 * 4 * 2 * F * D
+    assert dora.flops_per_step - plain.flops_per_step == 2 * 2 * 8 * weights, "rank 8, forward and again"
 
 
 @pytest.mark.parametrize("name", PROFILES)

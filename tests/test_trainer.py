@@ -17,7 +17,7 @@ from magellano.names import Compute, Recompute, StateDtype
 from magellano.ops import host
 from magellano.profile import LossConfig
 from magellano.trainer import Trainer, run_to_end
-from tests.training import CONFIG, adapter_trainer, digest, make_tokens, silent
+from tests.training import ADAPTERS, CONFIG, adapter_trainer, digest, make_tokens, silent
 
 
 @pytest.fixture
@@ -45,12 +45,28 @@ def test_the_loss_falls(tokens: Path) -> None:
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
+def test_with_lora_plus_b_alone_steps_wider(tokens: Path) -> None:
+    """A first step of Adam is as wide as the rate, whatever the gradient."""
+    once, wide, same = (
+        adapter_trainer(tokens, adapters=ADAPTERS.model_copy(update={"plus": plus})) for plus in (1.0, 8.0, 1.0)
+    )
+    start = once.tensors()
+    for trainer in (once, wide, same):
+        trainer.one_step()
+    assert digest(once) == digest(same)
+    for name, value in wide.tensors().items():
+        moved, wanted = (np.array(t[name] - start[name], np.float64) for t in ({name: value}, once.tensors()))
+        np.testing.assert_allclose(moved, wanted * (8.0 if name.endswith("lora_b") else 1.0), rtol=1e-4, atol=1e-9)
+        assert np.abs(moved).max() > 0 or name.endswith("lora_a"), "B is zero at first, and A so without a gradient"
+
+
+@pytest.mark.parametrize("plus", [1.0, 4.0])
 @pytest.mark.parametrize("states", list(StateDtype))
-def test_a_resumed_run_ends_in_the_same_bits(tokens: Path, tmp_path: Path, states: StateDtype) -> None:
-    config = CONFIG.model_copy(update={"state": states})
-    whole = adapter_trainer(tokens, config)
+def test_a_resumed_run_ends_in_the_same_bits(tokens: Path, tmp_path: Path, states: StateDtype, plus: float) -> None:
+    config, adapters = CONFIG.model_copy(update={"state": states}), ADAPTERS.model_copy(update={"plus": plus})
+    whole = adapter_trainer(tokens, config, adapters=adapters)
     run_to_end(whole, tmp_path / "whole", silent)
-    first = adapter_trainer(tokens, config)
+    first = adapter_trainer(tokens, config, adapters=adapters)
 
     def stop_at_three(done: int, total: int, **facts: float | str) -> None:
         if done == 3:
@@ -59,7 +75,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tokens: Path, tmp_path: Path, state
 
     with pytest.raises(Stopped, match="step 3 of 6"):
         run_to_end(first, tmp_path / "cut", stop_at_three)
-    second = adapter_trainer(tokens, config)
+    second = adapter_trainer(tokens, config, adapters=adapters)
     facts = run_to_end(second, tmp_path / "cut", silent)
     assert facts["resumed_from"] == 3
     assert digest(second) == digest(whole)

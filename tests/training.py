@@ -39,7 +39,9 @@ def make_tokens(folder: Path) -> Path:
     return folder
 
 
-def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG, loss: LossConfig | None = None) -> Trainer:
+def adapter_trainer(
+    tokens: Path, config: TrainConfig = CONFIG, loss: LossConfig | None = None, adapters: LoraConfig = ADAPTERS
+) -> Trainer:
     def source(spec: ParamSpec) -> Weight:
         w = seeded(3)(spec)
         if spec.target is None:
@@ -47,8 +49,8 @@ def adapter_trainer(tokens: Path, config: TrainConfig = CONFIG, loss: LossConfig
         return nf4.NF4Stack.of([nf4.quantize(x) for x in w]) if w.ndim == 3 else nf4.quantize(w)
 
     model = MagellanoLM(SMALL, source)
-    lora.attach(model, ADAPTERS, lora.start(SMALL, ADAPTERS))
-    return Trainer(model, config, tokens, loss)
+    lora.attach(model, adapters, lora.start(SMALL, adapters))
+    return Trainer(model, config, tokens, loss, plus=adapters.plus)
 
 
 def digest(trainer: Trainer) -> str:

@@ -30,7 +30,7 @@ def model(profile: Profile) -> MagellanoLM:
         return nf4.NF4Stack.of([_quantized(init.initial_expert(spec, seed, e)) for e in range(spec.shape[0])])
 
     made = MagellanoLM(profile.model, source, compute_dtype(profile.train.compute))
-    lora.attach(made, profile.lora, lora.start(profile.model, profile.lora))
+    lora.attach(made, profile.lora, lora.start(profile.model, profile.lora, lora.base_of_model(made)))
     mx.eval(made.parameters())
     mx.clear_cache()
     return made

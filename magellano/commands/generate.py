@@ -1,17 +1,19 @@
 """magellano generate RUN --prompt TEXT | --stdin | --prompts FILE | --chat"""
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from magellano.commands.voices import Voices
     from magellano.completion import Completion
     from magellano.generate import Context
     from magellano.model import MagellanoLM
@@ -29,11 +31,14 @@ def run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    from magellano.commands import voices
+
     run_argument(parser)
+    voices.arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     what.add_argument("--stdin", action="store_true", help="the same from standard input, all of it")
-    many = 'many: a text file with one a line, or .jsonl with {"prompt": TEXT} a line'
+    many = 'many: a text file with one a line, or .jsonl with {"prompt": TEXT} a line (and "adapter": NAME)'
     what.add_argument("--prompts", type=Path, metavar="FILE", help=many)
     what.add_argument("--chat", action="store_true", help="a conversation: each line of standard input is a turn")
     add = parser.add_argument
@@ -67,8 +72,17 @@ class Session:
     tokenizer: "Tokenizer"
     sampling: "Sampling"
     start: "Context"  # where a prompt goes on: the start of a document, or the state that was given
+    voices: "Voices"
+    name: str  # of the adapter in use
     template: str = ""  # the chat template of the training data, where it is not ours
     toon: bool = False  # whether the prompts that it was trained on have their JSON records in TOON
+
+    def switched(self, name: str | None, where: str) -> "Session":
+        """The same with another adapter; None: the one that was asked for at first. What was read so far is left."""
+        name = name or self.voices.default
+        if name == self.name:
+            return self
+        return _session(self.args, self.voices, self.tokenizer, self.sampling, name, where)
 
     def encoded(self, text: str) -> list[int]:
         """The tokens of a prompt, its JSON records as in training."""
@@ -91,7 +105,6 @@ class Session:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from magellano.errors import InputError
-    from magellano.names import DataRender
     from magellano.sampling import Sampling
 
     penalty = args.repetition_penalty
@@ -103,25 +116,37 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.batch < 1 or args.max_tokens < 1:
         raise InputError(f"max_tokens {args.max_tokens} and batch {args.batch} must be 1 or more")
     from magellano.commands.chosen import Chosen
+    from magellano.commands.voices import Voices
 
     chosen = Chosen.find(args.run)
-    from magellano import context, generate
+    from magellano import context
 
-    model, tokenizer = chosen.model(), chosen.tokenizer()
-    identity = context.identity(chosen.folders) if args.state or args.save_state else b""
+    voices, tokenizer = Voices.find(chosen, args), chosen.tokenizer()
+    identity = context.identity(voices.folders()) if args.state or args.save_state else b""
     if args.state:
-        start = context.load(args.state, model, identity)
-    else:
-        start = generate.begin(model, tokenizer.end_of_text)
-    template = "" if chosen.release is None else chosen.release.profile.data.template
-    toon = chosen.release is not None and chosen.release.profile.data.render is DataRender.TOON
-    session = Session(args, model, tokenizer, sampling, start, template, toon)
+        voices.known[voices.default].start = context.load(args.state, voices.model, identity)
+    session = _session(args, voices, tokenizer, sampling, voices.default, "--use")
     way = _chat if args.chat else _many if args.prompts is not None else _one
     facts, end = way(session)
     if args.save_state:
         context.save(args.save_state, end, identity)
         facts["state"] = str(args.save_state)
     return {"release": str(chosen.folder), **facts}
+
+
+def _session(
+    args: argparse.Namespace, voices: "Voices", tokenizer: "Tokenizer", sampling: "Sampling", name: str, where: str
+) -> Session:
+    """With the adapter `name`, put on."""
+    from magellano import generate
+    from magellano.names import DataRender
+
+    voice = voices.use(name, where)
+    if voice.start is None:
+        voice.start = generate.begin(voices.model, tokenizer.end_of_text)
+    data = None if voice.release is None else voice.release.profile.data
+    template, toon = ("", False) if data is None else (data.template, data.render is DataRender.TOON)
+    return Session(args, voices.model, tokenizer, sampling, voice.start, voices, name, template, toon)
 
 
 def _one(session: Session) -> tuple[dict[str, Any], "Context"]:
@@ -146,25 +171,33 @@ def _facts(made: "Completion") -> dict[str, Any]:
 def _many(session: Session) -> tuple[dict[str, Any], "Context"]:
     from magellano.completion import complete
 
-    args, model, tokenizer = session.args, session.model, session.tokenizer
-    texts, made = prompts(args.prompts), []
+    args, model, tokenizer, first = session.args, session.model, session.tokenizer, session.start
+    given, made = prompts(args.prompts), list[dict[str, Any]]()
     started = time.perf_counter()
-    for first in range(0, len(texts), args.batch):
-        group = texts[first : first + args.batch]
-        contexts = [session.start.extended(model, session.encoded(text)) for text in group]
-        for text, one in zip(
-            group,
-            complete(model, tokenizer, contexts, args.max_tokens, session.sampling, args.stop, first),
-            strict=True,
-        ):
-            made.append({"prompt": text, **_facts(one)})
+    while len(made) < len(given):
+        at = len(made)
+        group = list(itertools.takewhile(lambda p: p.adapter == given[at].adapter, given[at : at + args.batch]))  # noqa: B023
+        session = session.switched(group[0].adapter, group[0].where)
+        contexts = [session.start.extended(model, session.encoded(prompt.text)) for prompt in group]
+        done = complete(model, tokenizer, contexts, args.max_tokens, session.sampling, args.stop, at)
+        named = {} if session.voices.adapters is None else {"adapter": session.name}
+        for prompt, one in zip(group, done, strict=True):
+            made.append({"prompt": prompt.text, **named, **_facts(one)})
             if not args.json:
                 print(json.dumps(made[-1], ensure_ascii=False), flush=True)
     tokens = sum(one["tokens"] for one in made)
-    return {"completions": made, "tokens": tokens, "seconds": time.perf_counter() - started}, session.start
+    return {"completions": made, "tokens": tokens, "seconds": time.perf_counter() - started}, first
 
 
-def prompts(path: Path) -> list[str]:
+class Prompt(NamedTuple):
+    """A prompt of a file, the adapter that its line asks for, and the line."""
+
+    text: str
+    adapter: str | None
+    where: str
+
+
+def prompts(path: Path) -> list[Prompt]:
     """The prompts in a file: its lines, or of JSON Lines the key `prompt` of each. InputError with file and line."""
     from magellano import files
     from magellano.errors import InputError
@@ -175,16 +208,18 @@ def prompts(path: Path) -> list[str]:
     for number, line in enumerate(data.splitlines() if path.suffix != ".jsonl" else data.split("\n"), 1):
         if not line.strip():
             continue
+        adapter, where = None, f"{path}: line {number}"
         if path.suffix == ".jsonl":
-            where = f"{path}: line {number}"
             try:
                 row = files.parse(line.encode())
             except ValueError as e:
                 raise InputError(f"{where}: {e}; correct or remove it") from None
             if not isinstance(row.get("prompt"), str):
                 raise InputError(f'{where}: no text under "prompt"; correct or remove it')
-            line = row["prompt"]
-        found.append(line)
+            line, adapter = row["prompt"], row.get("adapter")
+            if adapter is not None and not (isinstance(adapter, str) and adapter.isprintable()):
+                raise InputError(f'{where}: no name under "adapter"; correct or remove it')
+        found.append(Prompt(line, adapter, where))
     if not found:
         raise InputError(f"{path}: no prompt in it; write one a line")
     return found

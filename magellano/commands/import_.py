@@ -70,11 +70,11 @@ def _adapter(args: argparse.Namespace) -> dict[str, Any]:
     if args.experts is not None:
         raise InputError("--experts and --base: merge the adapter first, then grow experts on the result")
     config, take, tokenizer = _ours(args.base)
-    settings, tensors = peft_adapter.read(args.folder, config)
     from magellano.linear import array
     from magellano.model import MagellanoLM
 
     model = MagellanoLM(config, take)
+    settings, tensors = peft_adapter.read(args.folder, config, lora.base_of_model(model))
     dtype = array(model.backbone.embeddings.base).dtype
     lora.attach(model, settings, tensors)
     with writing.folder(args.out) as own:

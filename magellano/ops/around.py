@@ -68,6 +68,10 @@ class Around:
             low_Mr = self.low_Mr[..., None]
             more = b.reshape(-1, b.shape[-1]) @ low_Mr if b.ndim == 2 or expert_M is None else b[expert_M] @ low_Mr
             y_MO = y_MO + self.scale * more.squeeze(-1)
+        return self.end(y_MO, out)
+
+    def end(self, y_MO: mx.array, out: mx.Dtype) -> mx.array:
+        """The last of it, behind the adapter."""
         if self.relu:
             y_MO = mx.maximum(y_MO, 0.0)
         return (y_MO if self.residual_MO is None else y_MO + self.residual_MO.astype(mx.float32)).astype(out)

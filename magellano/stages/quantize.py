@@ -57,17 +57,20 @@ def _stream(
 
 def _pieces(spec: ParamSpec, profile: Profile, files: loader.Files | None) -> Iterator[NF4Tensor]:
     """The matrices of `spec`, quantised: one, or one per expert."""
-    stack = files.take(spec.name, spec.shape) if files else None
-    experts = range(spec.shape[0]) if len(spec.shape) == 3 else [None]
-    for e in experts:
-        if stack is not None:
-            weight = stack if e is None else stack[e]
-        else:
-            weight = (
-                init.initial(spec, profile.base.seed) if e is None else init.initial_expert(spec, profile.base.seed, e)
-            )
+    for weight in dense(spec, profile, files):
         yield nf4.quantize(weight)
+        del weight
         mx.clear_cache()  # without it MLX keeps the float32 temporaries of every expert
+
+
+def dense(spec: ParamSpec, profile: Profile, files: loader.Files | None) -> Iterator[mx.array]:
+    """The matrices of `spec` as they are before: one, or one per expert; from `files`, or of base.seed."""
+    stack = files.take(spec.name, spec.shape) if files else None
+    if len(spec.shape) == 2:
+        yield init.initial(spec, profile.base.seed) if stack is None else stack
+        return
+    for e in range(spec.shape[0]):
+        yield init.initial_expert(spec, profile.base.seed, e) if stack is None else stack[e]
 
 
 def _quantizes(profile: Profile, spec: ParamSpec) -> bool:

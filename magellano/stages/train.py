@@ -23,7 +23,7 @@ def run(
     """
     with memory.hold(profile) as (fitting, held):
         model = loader.load_release(adapter, base, fitting.train.compute)
-        trainer = Trainer(model, fitting.train, tokens, profile.loss, profile.memory.limit_gib)
+        trainer = Trainer(model, fitting.train, tokens, profile.loss, profile.memory.limit_gib, profile.lora.plus)
         facts = {**run_to_end(trainer, work, progress), **held}
     lora.save(out, profile.model, profile.lora, trainer.tensors())
     mx.save_safetensors(str(out / OPTIMIZER), dict(tree_flatten(trainer.optimizer.state)))

@@ -96,6 +96,52 @@ def test_adapters_on_both_layers(padded: bool, dialect: str) -> None:
         assert np.abs(np.array(value) - want).max() <= 2e-5 * np.abs(want).max(), name
 
 
+@pytest.mark.parametrize(
+    ("padded", "ordered", "unread"), [(False, False, False), (True, False, False), (True, True, True)]
+)
+def test_rows_with_lengths_of_their_own(padded: bool, ordered: bool, unread: bool, dialect: str) -> None:
+    """DoRA on both layers, weights frozen in NF4, what trains in the room's order: m W' / |W'|, |W'| held fixed."""
+    M, E, k, D, r, scale = 45, 4, 2, 64, 3, 0.5
+    rng = np.random.default_rng(11)
+    each = {"a": (E, r, D), "b": (E, D, r), "m": (E, D, 1)}
+    given = {f"{part}{n}": rng.standard_normal(shape).astype(np.float32) for n in "12" for part, shape in each.items()}
+    u, dy = (rng.standard_normal((M, D)).astype(np.float32) for _ in range(2))
+    logits = rng.standard_normal((M, E)).astype(np.float32) + np.array([0.0, 2.0, -1.0, 1.0], np.float32)
+    stacks = [NF4Stack.of([nf4.quantize(w) for w in mx.random.normal((E, D, D), key=mx.random.key(n))]) for n in (1, 2)]
+    routing = route(mx.array(logits), k)
+    room = room_for(routing, padded)
+    order = list(room.order) if ordered else list(range(E))
+    squares = [stack.dequantize().square().sum(axis=-1) for stack in stacks]
+
+    def mixture(u, logits, *arrays):  # type: ignore[no-untyped-def]
+        layers = [
+            Layer(w, *arrays[3 * n : 3 * n + 2], scale, ordered, arrays[3 * n + 2], squares[n])
+            for n, w in enumerate(stacks)
+        ]
+        routing = route(logits, k)
+        return operations.feed_forward(u, routing.gate_Mk, places(routing, room), *layers, unread=unread)
+
+    inputs = [mx.array(u), mx.array(logits), *(mx.array(value[order]) for value in given.values())]
+    (y,), found = mx.vjp(mixture, inputs, [mx.array(dy)])
+    whole, norms, weights = [], [], []
+    for n, w in zip("12", (np.array(stack.dequantize(), np.float64) for stack in stacks), strict=True):
+        whole.append(w + scale * given[f"b{n}"].astype(np.float64) @ given[f"a{n}"])
+        norms.append(np.linalg.norm(whole[-1], axis=-1, keepdims=True))
+        weights.append(given[f"m{n}"] * whole[-1] / norms[-1])
+    right_y, du, dlogits, *dw = feed_forward_exactly(u, logits, *weights, dy, k)
+    wanted = {"u": du, "logits": dlogits}
+    for n, d, v, norm in zip("12", dw, whole, norms, strict=True):
+        through = d * given[f"m{n}"] / norm
+        wanted[f"a{n}"] = scale * given[f"b{n}"].swapaxes(1, 2) @ through
+        wanted[f"b{n}"] = scale * through @ given[f"a{n}"].swapaxes(1, 2)
+        wanted[f"m{n}"] = (d * v).sum(axis=-1, keepdims=True) / norm
+    for (name, want), value in zip(wanted.items(), found, strict=True):
+        want = want if name in ("u", "logits") else want[order]
+        assert np.abs(np.array(value) - want).max() <= 3e-5 * np.abs(want).max(), name
+    if not unread:
+        assert np.abs(np.array(y) - right_y).max() <= 2e-5 * np.abs(right_y).max()
+
+
 @pytest.mark.parametrize("quantised", [False, True])
 def test_unread_outputs_change_no_gradient(quantised: bool, dialect: str) -> None:
     u, logits, dy = (mx.random.normal(s) for s in ((30, 64), (30, 4), (30, 64)))

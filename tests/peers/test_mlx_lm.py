@@ -56,6 +56,15 @@ def test_logits_are_ours(pair: Pair):
         assert close(theirs(tokens), ours(tokens))
 
 
+def test_rows_of_lengths_of_their_own_are_merged(tmp_path: Path):
+    targets = ("in_proj", "x_proj", "dt_proj", "out_proj", "w1", "w2")
+    ours = models.quantized(CONFIG, LoraConfig(kind="dora", rank=4, targets=targets))
+    export.mlx_lm(tmp_path / "model", ours, TOKENIZER, "float32", chat=False)
+    theirs, _ = mlx_lm.load(str(tmp_path / "model"), trust_remote_code=True)
+    tokens = mx.array(np.random.default_rng(0).integers(0, 300, (2, 40)))
+    assert close(theirs(tokens), ours(tokens))
+
+
 def test_a_cache_carries_the_state(pair: Pair):
     ours, theirs, _, _ = pair
     tokens = mx.array(np.random.default_rng(5).integers(0, 300, (2, 60)))

@@ -49,18 +49,26 @@ def logits(model: Any) -> np.ndarray:
         return model(torch.from_numpy(TOKENS)).logits.numpy()
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_our_adapter_runs_in_peft(rslora: bool, base: Path):
+@pytest.mark.parametrize(("rslora", "kind"), [(False, "lora"), (True, "lora"), (False, "dora")])
+def test_our_adapter_runs_in_peft(rslora: bool, kind: str, base: Path):
     ours = loader.load_model(base / "ours", "float32")
     plain = np.array(ours(mx.array(TOKENS)))
-    settings = LoraConfig(rank=4, alpha=12.0, targets=("in_proj", "x_proj"), ranks={"x_proj": 2}, rslora=rslora)
-    tensors = models.adapter(ours.config, settings)
+    settings = LoraConfig(
+        rank=4, alpha=12.0, targets=("in_proj", "x_proj"), ranks={"x_proj": 2}, rank_pattern={"layers.1.in_proj": 6},
+        rslora=rslora, kind=kind,
+    )  # fmt: skip
+    tensors = models.adapter(ours.config, settings, base=lora.base_of_model(ours))
     (base / "adapter").mkdir()
     peft_adapter.write(base / "adapter", ours.config, settings, tensors, str(base / "theirs"))
     lora.attach(ours, settings, tensors)
     got = logits(peft.PeftModel.from_pretrained(theirs(base), base / "adapter"))
     np.testing.assert_allclose(got, np.array(ours(mx.array(TOKENS))), atol=1e-3)
     assert np.abs(got - plain).max() > 0.05
+    back, again = peft_adapter.read(base / "adapter", ours.config, lora.base_of_model(ours))
+    assert [back.rank_of(LoraTarget.IN_PROJ, layer) for layer in range(3)] == [4, 6, 4]
+    assert back.rank_of(LoraTarget.X_PROJ, 1) == 2
+    lora.attach(ours, back, again)
+    np.testing.assert_allclose(np.array(ours(mx.array(TOKENS))), got, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +79,7 @@ def test_our_adapter_runs_in_peft(rslora: bool, base: Path):
         {"r": 3, "lora_alpha": 5, "target_modules": ["in_proj", "x_proj"],
          "rank_pattern": {"layers.1.mixer.in_proj": 6}, "alpha_pattern": {"x_proj": 20, "layers.1.mixer.in_proj": 2}},
         {"r": 2, "lora_alpha": 4, "target_modules": ["x_proj"], "layers_to_transform": [0, 2]},
+        {"r": 2, "lora_alpha": 4, "target_modules": ["in_proj"], "layers_to_transform": [0, 2], "use_dora": True},
     ],
 )  # fmt: skip
 def test_their_adapter_is_merged_here(settings: dict[str, Any], base: Path):
@@ -80,6 +89,8 @@ def test_their_adapter_is_merged_here(settings: dict[str, Any], base: Path):
         for name, p in model.named_parameters():
             if "lora_B" in name and "dt_proj" not in name:  # where it would have no effect, training leaves it at zero
                 p.copy_(0.5 * torch.randn_like(p))
+            if "lora_magnitude" in name:
+                p.mul_(1.0 + 0.3 * torch.rand_like(p))
     model.save_pretrained(base / "adapter")
     argv = ["import", str(base / "adapter"), str(base / "merged"), "--base", str(base / "ours")]
     assert cli.main(argv) == 0
@@ -116,6 +127,12 @@ def test_modules_that_do_not_agree_are_named(target: LoraTarget, base: Path):
         peft_adapter.write(base, models.TINY, LoraConfig(rank=2, targets=("in_proj",)), {}, "")
 
 
+def test_an_adapter_that_carries_the_error_of_a_base_stays_with_it(tmp_path: Path):
+    config = models.TINY.model_copy(update=foreign.dense(2))
+    with pytest.raises(InputError, match=r"error of its NF4 base .*magellano fuse"):
+        peft_adapter.write(tmp_path, config, LoraConfig(targets=("in_proj",), init="loftq"), {}, "")
+
+
 def test_a_head_of_its_own_agrees(tmp_path: Path):
     torch.manual_seed(0)
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES, tie_word_embeddings=False)).eval()
@@ -139,7 +156,7 @@ def test_a_head_of_its_own_agrees(tmp_path: Path):
     ("changes", "told"),
     [
         ({"peft_type": "IA3"}, "peft_type"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "in_proj.lora_magnitude_vector is missing"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"lora_alpha": 0}, "lora_alpha"),
@@ -169,6 +186,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path):
     for change, told in (
         ({name: mx.zeros((2, 17))}, "does not fit"),
         ({name: mx.zeros((3, 16))}, "ranks 3 and 2"),
+        ({name.replace("lora_A.weight", "lora_magnitude_vector"): mx.zeros((64,))}, "no adapter on"),
         ({name: mx.zeros((2, 16), dtype=mx.int32)}, "does not fit"),
         ({name: mx.zeros((2, 16, 1))}, "does not fit"),
         ({name.replace("in_proj", "out_proj"): mx.zeros((2, 32))}, "no adapter on"),
