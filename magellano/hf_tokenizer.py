@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from magellano import files
+from magellano.data.template import Template
 from magellano.errors import InputError
 from magellano.tokenizer import SCHEMA, Tokenizer, ranked
 
@@ -31,9 +33,9 @@ CHAT = (
 )
 
 
-def save(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
+def save(folder: Path, tokenizer: Tokenizer, chat: bool, template: Template | None = None) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. A text starts with end-of-text, as in training;
-    an imported tokenizer is written as it came. `chat`: with the chat template.
+    an imported tokenizer is written as it came. `chat`: with a chat template, `template` or ours.
     """
     end, foreign = END, isinstance(tokenizer, Foreign)
     if isinstance(tokenizer, Foreign):
@@ -51,8 +53,15 @@ def save(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
         "model_max_length": 1 << 30,
     }
     if chat:
-        config["chat_template"] = CHAT
+        config["chat_template"] = CHAT if template is None else started(template.spelled(end))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def started(source: str) -> str:
+    """A template behind the end-of-text that starts every document of ours, its own bos_token left out, as in training.
+    What follows an expression does not start a line: blanks that Jinja would strip before a block there go here.
+    """
+    return "{% set bos_token = '' %}{{ eos_token }}" + re.sub(r"\A[ \t]+(?=\{[%#](?!\+))", "", source)
 
 
 def _json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
             how = data.model_dump(mode="json", exclude={*where, "template", "sources", "render"})
             if data.render is not DataRender.JSON:
                 how["render"] = str(data.render)
+            if data.template:
+                how["template"] = "kept"  # its text is an input; tokens of before it was kept are made again
             if data.sources:
                 how["sources"] = [source.model_dump(mode="json", exclude=where) for source in data.sources]
             facts = {"data": how, "vocab_size": profile.model.vocab_size}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from magellano.completion import Completion
+    from magellano.data.template import Template
     from magellano.generate import Context
     from magellano.model import MagellanoLM
     from magellano.sampling import Sampling
@@ -67,7 +68,7 @@ class Session:
     tokenizer: "Tokenizer"
     sampling: "Sampling"
     start: "Context"  # where a prompt goes on: the start of a document, or the state that was given
-    template: str = ""  # the chat template of the training data, where it is not ours
+    template: "Template | None" = None  # the chat template of the training data, where it is not ours
     toon: bool = False  # whether the prompts that it was trained on have their JSON records in TOON
 
     def encoded(self, text: str) -> list[int]:
@@ -105,6 +106,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from magellano.commands.chosen import Chosen
 
     chosen = Chosen.find(args.run)
+    template = chosen.template() if args.chat else None
+    if template is not None and args.state:
+        raise InputError(
+            "--chat: this release's chat template needs the messages, which --state does not hold; leave it out, or "
+            "give --prompt the text that the template makes"
+        )
     from magellano import context, generate
 
     model, tokenizer = chosen.model(), chosen.tokenizer()
@@ -113,7 +120,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         start = context.load(args.state, model, identity)
     else:
         start = generate.begin(model, tokenizer.end_of_text)
-    template = "" if chosen.release is None else chosen.release.profile.data.template
     toon = chosen.release is not None and chosen.release.profile.data.render is DataRender.TOON
     session = Session(args, model, tokenizer, sampling, start, template, toon)
     way = _chat if args.chat else _many if args.prompts is not None else _one
@@ -194,15 +200,11 @@ def _chat(session: Session) -> tuple[dict[str, Any], "Context"]:
     from magellano.completion import Chat
     from magellano.data import toon
     from magellano.data.formats import Role
-    from magellano.errors import InputError
+    from magellano.templated import TemplatedChat
 
-    if session.template:
-        raise InputError(
-            f"--chat: this release was trained on conversations by {session.template}, which is not known here; "
-            "give --prompt the text that the template makes"
-        )
     args, messages, tokens = session.args, [], 0
-    chat = Chat(session.model, session.tokenizer, session.start)
+    given = session.model, session.tokenizer, session.start
+    chat = Chat(*given) if session.template is None else TemplatedChat(*given, session.template)
     if args.system is not None:
         chat.say(Role.SYSTEM, args.system)
         messages.append({"role": "system", "content": args.system})

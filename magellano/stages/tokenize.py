@@ -41,6 +41,8 @@ def run(
     trained = [_Writer(out, Split.TRAIN, data.seq_len, tokenizer, own, owners, n) for n in range(len(own))]
     with open(out / REJECTS, "x", encoding="utf-8") as rejects:
         reader = _Reader(data, tokenizer, own, rejects, progress)
+        if reader.template is not None:
+            reader.template.keep(out)
         for split, document in splitting.assign(reader.documents(), data.held_out, data.seed):
             (held_out if split is Split.HELD_OUT else trained[document.source]).add(document)
     for writer in (held_out, *trained):
@@ -80,7 +82,7 @@ class _Reader:
         self._data, self._tokenizer, self._own = data, tokenizer, own
         self._rejects, self._progress = rejects, progress
         self._formats = [part.format for part in data.parts]
-        self._template = Template.read(Path(data.template).expanduser()) if data.template else None
+        self.template = Template.read(Path(data.template).expanduser()) if data.template else None
         self._seen: set[bytes] = set()
         self._first_reject = ""
         self.files: Counter[str] = Counter()  # rows read by file
@@ -117,7 +119,7 @@ class _Reader:
                 return text
 
             try:
-                parts = formats.segments(row, format, self._template, render)
+                parts = formats.segments(row, format, self.template, render)
             except Unfit as e:
                 self._reject(chunk, index, formats.COLUMNS[format][0], str(e))
                 continue

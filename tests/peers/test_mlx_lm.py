@@ -16,7 +16,10 @@ import pytest
 from magellano import cli, export, generate, merge
 from magellano.backend import mx
 from magellano.data import formats
+from magellano.data.shapes import conversation
+from magellano.data.template import END, Template
 from magellano.model import MagellanoLM, seeded
+from magellano.names import DataFormat
 from magellano.profile import LoraConfig, ModelConfig
 from magellano.tokenizer import Tokenizer
 from tests import models
@@ -149,6 +152,29 @@ def test_the_chat_template_is_that_of_training(pair: Pair):
     ids += TOKENIZER.encode(formats.header(formats.Role.ASSISTANT))
     text = pair[2].apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert pair[2].encode(text, add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", None])
+def test_a_template_of_the_data_renders_what_was_trained(eos: str | None, tmp_path: Path):
+    source = (
+        "  {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token + '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, "eos_token": eos}))
+    trained_with = Template.read(tmp_path / "tokenizer_config.json")
+    export.mlx_lm(tmp_path / "m", MagellanoLM(CONFIG, seeded(3)), TOKENIZER, "float32", True, trained_with)
+    _, tokenizer = mlx_lm.load(str(tmp_path / "m"), trust_remote_code=True)
+    messages = [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "More"},
+    ]  # fmt: skip
+    prompt = trained_with.prompt(conversation({"messages": messages}, DataFormat.CHAT))
+    ids = [TOKENIZER.end_of_text]
+    *ended, rest = prompt.split(END)
+    ids += [token for piece in ended for token in (*TOKENIZER.encode(piece), TOKENIZER.end_of_text)]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.encode(text, add_special_tokens=False) == ids + TOKENIZER.encode(rest)
+    assert len(ended) == (3 if eos else 0)
 
 
 def command(*argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
