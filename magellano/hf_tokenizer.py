@@ -26,8 +26,14 @@ REMEDY = "import the model again from a folder with its tokenizer.json"
 END = "<|endoftext|>"
 # The template of magellano/data/formats.py. A user's text is not special there; transformers reads END in it as such.
 CHAT = (
-    "{{ bos_token }}{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
-    "### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{{ bos_token }}{% if tools %}### Tools:{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}{% endif %}"
+    "{% for message in messages %}{% if tools or not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "### {{ message['role'] | capitalize }}:\n{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}{% set call = call['function'] or call %}"
+    "{{ '\\n' if message['content'] or not loop.first else '' }}"
+    "{{ '{\"name\": ' + call['name'] | tojson + ', \"arguments\": ' }}"
+    "{{ call['arguments'] if call['arguments'] is string else (call['arguments'] or {}) | tojson }}"
+    "{{ '}' }}{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% endif %}"
 )

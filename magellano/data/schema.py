@@ -94,6 +94,9 @@ def _message_fault(message: Any) -> Reason | None:
         return Reason.FIELDS
     if calls and (fault := _calls_fault(calls)):
         return fault
+    named = shapes.identifiers(message) if role == Role.TOOL else ()
+    if fault := next(filter(None, (text_fault(value, blank=True) for _, value in named)), None):
+        return fault
     if calls and content is None:
         return None
     fault = text_fault(content, blank=role != Role.ASSISTANT or bool(calls))
@@ -102,7 +105,7 @@ def _message_fault(message: Any) -> Reason | None:
 
 def _calls_fault(calls: Any) -> Reason | None:
     made = [shapes.call(call) for call in calls] if isinstance(calls, list) else [None]
-    texts = [call.text for call in made if call is not None]
+    texts = [call.text + call.id for call in made if call is not None]
     return next(filter(None, map(text_fault, texts)), None) if len(texts) == len(made) else Reason.CALL
 
 

@@ -32,7 +32,7 @@ SPEAKERS = {
     "human": Role.USER, "user": Role.USER, "gpt": Role.ASSISTANT, "assistant": Role.ASSISTANT,
     "function_call": Role.ASSISTANT, "observation": Role.TOOL, "tool": Role.TOOL, "system": Role.SYSTEM,
 }  # fmt: skip
-IDENTIFIERS = ("tool_call_id", "name", "id")  # say which call a tool answers: left out of the text
+IDENTIFIERS = ("tool_call_id", "name", "id")  # say which call a tool answers: for chat templates; not in our own text
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Call:
 
     name: str
     arguments: dict[str, Any]
+    id: str = ""
 
     @property
     def text(self) -> str:
@@ -52,6 +53,7 @@ class Message:
     role: Role
     content: str
     calls: tuple[Call, ...] = ()
+    answers: tuple[tuple[str, str], ...] = ()  # of a tool's message: its identifiers by name
 
     @property
     def text(self) -> str:
@@ -101,11 +103,16 @@ def call(value: Any) -> Call | None:
     inner = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(inner, dict) or not isinstance(name := inner.get("name"), str) or not name.strip():
         return None
-    arguments = inner.get("arguments")
+    arguments, id = inner.get("arguments"), value.get("id")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        return Call(name, {})
+        arguments = {}
     arguments = _json(arguments) if isinstance(arguments, str) else arguments
-    return Call(name, arguments) if isinstance(arguments, dict) else None
+    return Call(name, arguments, id if isinstance(id, str) else "") if isinstance(arguments, dict) else None
+
+
+def identifiers(message: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Which call a tool's message answers, by the names that templates know."""
+    return tuple((key, message[key]) for key in IDENTIFIERS if isinstance(message.get(key), str))
 
 
 def tools(value: Any) -> list[dict[str, Any]] | None:
@@ -116,7 +123,8 @@ def tools(value: Any) -> list[dict[str, Any]] | None:
 
 def _message(message: dict[str, Any]) -> Message:
     made = [call(value) for value in message.get("tool_calls") or ()]
-    return Message(Role(message["role"]), message["content"] or "", tuple(c for c in made if c is not None))
+    calls, role = tuple(c for c in made if c is not None), Role(message["role"])
+    return Message(role, message["content"] or "", calls, identifiers(message) if role is Role.TOOL else ())
 
 
 def _json(text: str) -> Any:

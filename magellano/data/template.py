@@ -108,13 +108,18 @@ class Template:
                 if not prompt.startswith(done) or not whole.startswith(prompt):
                     raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
                 answer = _pieces(whole[len(prompt) :], True)
-                if not any(text.strip() for text, counts, _ in answer if counts):
+                learnt = "".join(text for text, counts, _ in answer if counts)
+                if not learnt.strip():
                     raise Unfit("has an answer of which the chat template leaves nothing (does it know tool calls?)")
+                if not all(_in(learnt, call.name) for call in message.calls):
+                    raise Unfit("has a tool call that the chat template leaves out")
                 made += [*_pieces(prompt[len(done) :], False), *answer]
                 done = whole
         rest = self._render(said, len(said.messages))
         if not rest.startswith(done):
             raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
+        if lost := _lost(said, rest):
+            raise Unfit(f"has {lost} that the chat template leaves out")
         if answer and not any(ends for _, counts, ends in answer if counts):
             made[-1] = (made[-1][0], True, True)
         return made + _pieces(rest[len(done) :], False)
@@ -163,12 +168,27 @@ def _text(path: Path) -> str:
 def _plain(message: Message) -> dict[str, Any]:
     made: dict[str, Any] = {"role": str(message.role), "content": message.content}
     if message.calls:
-        made["tool_calls"] = [{"type": "function", "function": _call(call)} for call in message.calls]
-    return made
+        made["tool_calls"] = [_call(call) for call in message.calls]
+    return made | dict(message.answers)
 
 
 def _call(call: Call) -> dict[str, Any]:
-    return {"name": call.name, "arguments": call.arguments}
+    identified = {"id": call.id} if call.id else {}
+    return {"type": "function", **identified, "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _lost(said: Conversation, text: str) -> str:
+    """What of the tools the template leaves out of `text`; "" for nothing."""
+    names = [function.get("name") for tool in said.tools if isinstance(function := tool.get("function", tool), dict)]
+    if any(isinstance(name, str) and not _in(text, name) for name in names):
+        return "a tool"
+    answers = [m.content.strip() for m in said.messages if m.role is Role.TOOL]
+    return "" if all(_in(text, answer) for answer in answers) else "a tool's answer"
+
+
+def _in(text: str, said: str) -> bool:
+    """Whether `text` holds `said`, as it is or as JSON."""
+    return said in text or compact(said)[1:-1] in text
 
 
 def _pieces(text: str, counts: bool) -> list[tuple[str, bool, bool]]:

@@ -141,16 +141,31 @@ def test_the_tokenizer_is_ours(size: int, tmp_path: Path):
     assert len(theirs) == size
 
 
-def test_the_chat_template_is_that_of_training(pair: Pair):
-    messages = [
+CALLS = [
+    {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": "<é'\">", "b": [1, None]}}},
+    {"type": "function", "function": {"name": "now", "arguments": {}}},
+]
+TALKS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
+    "talk": ([
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\nthere"},
         {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "More"},
-    ]  # fmt: skip
+    ], None),
+    "tools": ([
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": CALLS},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+        {"role": "assistant", "content": "So:", "tool_calls": CALLS[1:]}, {"role": "tool", "content": "4"},
+    ], [{"type": "function", "function": {"name": "add", "parameters": {"a": "ü"}}}, {"name": "now"}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_the_chat_template_is_that_of_training(pair: Pair, name: str):
+    messages, tools = TALKS[name]
     ids = [TOKENIZER.end_of_text]
-    for part in formats.chat(messages):
+    for part in formats.segments({"messages": messages, "tools": tools}, DataFormat.CHAT):
         ids += TOKENIZER.encode(part.text) + ([TOKENIZER.end_of_text] if part.ends else [])
     ids += TOKENIZER.encode(formats.header(formats.Role.ASSISTANT))
-    text = pair[2].apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = pair[2].apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
     assert pair[2].encode(text, add_special_tokens=False) == ids
 
 
