@@ -11,8 +11,9 @@ from typing import Any
 from magellano import durable
 from magellano.artifacts import content_digest, stage_key
 from magellano.errors import InputError
-from magellano.names import BaseSource, DataRender, Stage
-from magellano.profile import DataConfig, Profile
+from magellano.names import BaseSource, DataRender, Objective, Stage
+from magellano.objective import KEYS
+from magellano.profile import DataConfig, Profile, TrainConfig
 from magellano.tokenizer import FILE, Tokenizer, ours
 
 
@@ -55,7 +56,7 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
             return facts if (digest := _foreign(profile)) is None else facts | {"tokenizer": digest}
         case Stage.PRETRAIN:
             assert profile.pretrain is not None
-            trained = {"model": profile.model, "seed": profile.base.seed, "train": profile.pretrain.train}
+            trained = {"model": profile.model, "seed": profile.base.seed, "train": _train(profile.pretrain.train)}
             return trained | _loss(profile)
         case Stage.QUANTIZE:
             seeded = profile.base.source is BaseSource.SEEDED
@@ -63,7 +64,7 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
         case Stage.ATTACH_LORA:
             return {"lora": profile.lora.model_dump(mode="json", exclude=set() if profile.lora.rslora else {"rslora"})}
         case Stage.TRAIN:
-            return {"train": profile.train} | _loss(profile)
+            return {"train": _train(profile.train)} | _loss(profile)
         case Stage.CHECKPOINT:
             return {"profile": profile.name}
         case Stage.EVALUATE:
@@ -90,6 +91,11 @@ def fingerprint(profile: Profile, data: str, pretrain_data: str | None, base: st
 def _loss(profile: Profile) -> dict[str, Any]:
     """[loss] where it differs from plain cross-entropy, for which its other keys mean nothing."""
     return {"loss": profile.loss} if profile.loss.has_entropy else {}
+
+
+def _train(train: TrainConfig) -> dict[str, Any]:
+    """[train], what is minimised where it is not the usual."""
+    return train.model_dump(mode="json", exclude=set(KEYS) if train.objective is Objective.SFT else set())
 
 
 def with_dependents(stages: Iterable[Stage]) -> frozenset[Stage]:

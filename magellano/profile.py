@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from magellano import objective
 from magellano.data import rules
 from magellano.errors import InputError
 from magellano.names import (
@@ -123,6 +124,11 @@ class DataConfig(Section):
         own = [s.model_dump(exclude={"name", "weight"}) | {"format": s.format or self.format} for s in self.sources]
         return tuple(self.model_copy(update={**changes, "sources": ()}) for changes in own) or (self,)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether its documents are pairs of answers."""
+        return self.parts[0].format is DataFormat.PREFERENCE
+
     @model_validator(mode="after")
     def _possible(self) -> "DataConfig":
         if fault := rules.fault(self):
@@ -174,7 +180,7 @@ class LossConfig(Section):
         return self.kind is LossKind.RENYI and self.beta > 0
 
 
-class TrainConfig(Section):
+class TrainConfig(objective.Objectives):
     """One training run. A step is `accumulate` micro-batches of `batch` sequences, weighted by their target tokens."""
 
     steps: Positive
@@ -276,6 +282,12 @@ class Profile(Section):
     def _base(self) -> "Profile":
         if self.base.source is BaseSource.PRETRAIN and self.pretrain is None:
             raise ValueError('base.source is "pretrain" but there is no [pretrain] section; add one')
+        return self
+
+    @model_validator(mode="after")
+    def _objective(self) -> "Profile":
+        if fault := objective.fault(self):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")

@@ -72,14 +72,24 @@ def text_fault(value: Any, blank: bool = False) -> Reason | None:
     return Reason.BLANKS if limits.blank_run(value) else None
 
 
-def messages_fault(value: Any) -> Reason | None:
-    """What is wrong with a column of chat messages."""
+def messages_fault(value: Any, asks: bool = False) -> Reason | None:
+    """What is wrong with a column of chat messages; `asks`: it need not hold an answer."""
     if not isinstance(value, list) or not value:
         return Reason.NOT_MESSAGES
     for message in value:
         if fault := _message_fault(message):
             return fault
-    return None if any(m["role"] == Role.ASSISTANT for m in value) else Reason.NO_ANSWER
+    return None if asks or any(m["role"] == Role.ASSISTANT for m in value) else Reason.NO_ANSWER
+
+
+def asked_fault(value: Any) -> Reason | None:
+    """What is wrong with the prompt of a pair: text or messages."""
+    return messages_fault(value, asks=True) if isinstance(value, list) else text_fault(value)
+
+
+def answer_fault(value: Any) -> Reason | None:
+    """What is wrong with an answer of a pair: text or messages."""
+    return messages_fault(value) if isinstance(value, list) else text_fault(value)
 
 
 def _message_fault(message: Any) -> Reason | None:
@@ -141,6 +151,11 @@ _FAULTS: dict[str, tuple[Fault, tuple[Reason, ...]]] = {  # of columns that are 
     "input": (_blank_fault, _TEXT),
     "system": (_blank_fault, _TEXT),
 }
+_OF_PAIRS: dict[str, tuple[Fault, tuple[Reason, ...]]] = {
+    "prompt": (asked_fault, (Reason.NOT_TEXT, *_MESSAGES)),
+    "chosen": (answer_fault, (Reason.NOT_TEXT, *_MESSAGES)),
+    "rejected": (answer_fault, (Reason.NOT_TEXT, *_MESSAGES)),
+}
 
 
 @cache
@@ -153,7 +168,8 @@ def schema(format: DataFormat) -> "DataFrameSchema":
 
     made = {}
     for name in columns(format):
-        fault, reasons = _FAULTS.get(name, (text_fault, _TEXT))
+        known = _FAULTS | (_OF_PAIRS if format is DataFormat.PREFERENCE else {})
+        fault, reasons = known.get(name, (text_fault, _TEXT))
         optional = name not in COLUMNS[format]
         made[name] = pa.Column(object, [check(fault, reason) for reason in reasons], nullable=optional)
     return pa.DataFrameSchema(made)

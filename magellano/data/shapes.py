@@ -3,6 +3,7 @@
 chat      {messages: [{role, content, tool_calls?}, ...], tools?}                OpenAI's
 alpaca    {instruction, input?, output, system?}                                 one question, one answer
 sharegpt  {conversations: [{from, value}, ...], system?, tools?}                 with function_call and observation
+preference  {prompt, chosen, rejected, tools?}, each a list of messages          two answers to one prompt
 
 A tool call is {name, arguments}, alone or as OpenAI's {type, id, function: {name, arguments}}; arguments are an object
 or its JSON. `tools` is a list of objects or its JSON. In Parquet keep both as JSON: Arrow gives all rows of a
@@ -10,7 +11,7 @@ struct the same fields, and those that a row lacks would be nulls in its text.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -54,6 +55,7 @@ class Message:
     content: str
     calls: tuple[Call, ...] = ()
     answers: tuple[tuple[str, str], ...] = ()  # of a tool's message: its identifiers by name
+    learnt: bool = True  # of the assistant's: whether it counts
 
     @property
     def text(self) -> str:
@@ -85,6 +87,12 @@ def conversation(row: dict[str, Any], format: DataFormat) -> Conversation:
     if format is not DataFormat.CHAT and (row.get("system") or "").strip():
         said = [{"role": Role.SYSTEM, "content": row["system"]}, *said]
     return Conversation(tuple(map(_message, said)), tuple(tools(row.get("tools")) or ()))
+
+
+def answered(row: dict[str, Any], which: str) -> Conversation:
+    """The prompt of a preference row of messages with its answer `which`, which alone counts."""
+    asked = (replace(_message(message), learnt=False) for message in row["prompt"])
+    return Conversation((*asked, *map(_message, row[which])), tuple(tools(row.get("tools")) or ()))
 
 
 def turn(entry: dict[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class Template:
                     raise Unfit("has an answer of which the chat template leaves nothing (does it know tool calls?)")
                 if not all(_in(learnt, call.name) for call in message.calls):
                     raise Unfit("has a tool call that the chat template leaves out")
+                answer = answer if message.learnt else [(text, False, ends) for text, _, ends in answer]
                 made += [*_pieces(prompt[len(done) :], False), *answer]
                 done = whole
         rest = self._render(said, len(said.messages))
