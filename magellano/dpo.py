@@ -17,7 +17,7 @@ L targets of the longest answer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
@@ -170,15 +170,18 @@ def _answered(model: MagellanoLM, answers: Answers, batch: shards.Batch) -> mx.a
     return log_p_S
 
 
-class ChosenAlone:
+class ChosenAlone(shards.Shards):
     """A split of pairs in which the rejected answers do not count: for measures of what is to be said."""
 
-    def __init__(self, split: shards.Shards):
-        self._split, self.rows, self.seq_len = split, split.rows, split.seq_len
-
-    def batch(self, indices: Any) -> shards.Batch:
-        batch = self._split.batch(indices)
+    def batch(self, indices: Sequence[int] | np.ndarray) -> shards.Batch:
+        batch = super().batch(indices)
         counted, answer = _found(batch)
         weights = batch.weights.copy()
         weights.reshape(-1)[counted[answer % 2 == 1]] = 0
         return replace(batch, weights=weights)
+
+
+def held_out_split(tokens: Path) -> shards.Shards:
+    """The held-out split as what is to be said: all of it, or of pairs the chosen answers."""
+    split = shards.Shards(tokens, "held_out")
+    return ChosenAlone(tokens, "held_out") if split.facts.get("pairs") else split

@@ -11,7 +11,7 @@ from magellano import backprop, dpo, pipeline
 from magellano.backend import mx, tree_flatten, tree_unflatten
 from magellano.backprop import Backprop
 from magellano.data.shards import Batch, Shards
-from magellano.dpo import ChosenAlone, Dpo, Pairs
+from magellano.dpo import Dpo, Pairs
 from magellano.errors import InputError, Stopped
 from magellano.fuse import without_adapters
 from magellano.model import MagellanoLM
@@ -142,18 +142,15 @@ def test_float16_with_loss_scaling_follows_float32(tokens: Path) -> None:
         assert half.one_step().loss == pytest.approx(full.one_step().loss, rel=2e-2)
 
 
-def test_rejected_answers_are_left_out_of_other_measures() -> None:
-    batch = batch_of()
-
-    class Split:
-        rows = seq_len = 0
-
-        def batch(self, indices: object) -> Batch:
-            return batch
-
-    counted = ChosenAlone(Split()).batch([0, 1]).weights  # type: ignore[arg-type]
-    assert batch.targets[counted > 0].tolist() == [t for _, chosen, _ in PAIRS for t in (*chosen, END)]
-    assert (batch.weights >= counted).all()
+def test_rejected_answers_are_left_out_of_other_measures(tokens: Path) -> None:
+    split = dpo.held_out_split(tokens)
+    assert isinstance(split, dpo.ChosenAlone)
+    batch, whole = split.batch([0]), Shards(tokens, "held_out").batch([0])
+    counted = batch.targets[batch.weights > 0]
+    assert ((counted < 20) | (counted == END)).all(), "small numbers are chosen"
+    left_out = whole.targets[(whole.weights > 0) & (batch.weights == 0)]
+    assert ((left_out >= 20) & (left_out < 40) | (left_out == END)).all()
+    assert (counted == END).sum() == (left_out == END).sum() == dpo.count(whole)
 
 
 def test_tokens_and_objective_must_agree(tokens: Path, tmp_path: Path) -> None:

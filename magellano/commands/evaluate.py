@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(facts: dict[str, Any], console: "Console") -> None:
-    from magellano import report
+    from magellano import preference, report
 
     report.show_evaluation(facts, console)
+    if (pairs := preference.table(facts)).rows:
+        pairs.show(console)
     report.show_places({"release": Path(facts["release"]), "evaluation": Path(facts["out"])}, console)
