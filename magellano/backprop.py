@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from magellano.backend import mx, nn, on_gpu, tree_flatten
+from magellano.dpo import Pairs
 from magellano.layout import parameters
 from magellano.model import Layer, MagellanoLM
 from magellano.names import LayerKind
@@ -45,13 +46,14 @@ class Batch:
     targets: mx.array
     weights: mx.array
     reset: mx.array
+    pairs: Pairs | None = None  # pairs of answers, whose preference is the objective
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """nll: sum of weight * -log p(target), nats, whatever the objective; routers: sums of the routers' losses, float32
-    [2]; gradients by name; squares: theirs, float32 [256], whose sum is the square of their joint norm. All may still
-    be under way.
+    """nll: sum of weight * -log p(target), nats, whatever the objective, or of pairs what `Pairs.measure` sums, float32
+    [5]; routers: sums of the routers' losses, float32 [2]; gradients by name; squares: theirs, float32 [256], whose sum
+    is the square of their joint norm. All may still be under way.
     """
 
     nll: mx.array
@@ -173,7 +175,8 @@ class Backprop:
                 sizes[i] = found[1]
         # 2. the loss, and what it hands down
         values = [*self._norm.values(), *self._embeddings.values()]
-        nll, dh_BTD, *found = self._run(self._loss, None, h_BTD, batch.targets, batch.weights, scale, *values)
+        loss = functools.partial(self._loss, batch.pairs)
+        nll, dh_BTD, *found = self._run(loss, None, h_BTD, batch.targets, batch.weights, scale, *values)
         gradients = dict(zip([*self._norm.names, *self._embeddings.names], found, strict=True))
         # 3. backward: the layers in reverse order
         squares = no_squares()
@@ -194,7 +197,7 @@ class Backprop:
                 given = islice(left, len(layer.names))
                 h_BTD, *routed = self._layer(i, h_BTD, batch.reset, *given, unread=False)
                 losses += routed[:1]
-            objective, nll = self._objective(h_BTD, batch.targets, batch.weights, *left)
+            objective, nll = self._objective(batch.pairs, h_BTD, batch.targets, batch.weights, *left)
             return objective, _sum(losses) if down is not None else mx.stop_gradient(_sum(losses)), nll
 
         def gradient(h_BTD: mx.array, *values: mx.array) -> list[mx.array]:
@@ -282,13 +285,19 @@ class Backprop:
         return [dh_BTD, add_squares(squares, found), *found]
 
     def _loss(
-        self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, scale: mx.array, *values: mx.array
+        self,
+        pairs: Pairs | None,
+        h_BTD: mx.array,
+        targets_BT: mx.array,
+        weights_BT: mx.array,
+        scale: mx.array,
+        *values: mx.array,
     ) -> list[mx.array]:
         """nll, and the gradients of the objective times scale's first element in h, the final norm and the head."""
         split = len(self._norm.names)
 
         def objective(h_BTD: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
-            return self._objective(h_BTD, targets_BT, weights_BT, *values)
+            return self._objective(pairs, h_BTD, targets_BT, weights_BT, *values)
 
         narrow = [*values[:split], *self._embeddings.narrow(values[split:], self.model.compute)]
         down = _first(scale)
@@ -296,11 +305,16 @@ class Backprop:
         return [nll, *gradients]
 
     def _objective(
-        self, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, *values: mx.array
+        self, pairs: Pairs | None, h_BTD: mx.array, targets_BT: mx.array, weights_BT: mx.array, *values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """The objective and nll from the last layer's output and the arrays of the final norm and the head."""
         model, split = self.model, len(self._norm.names)
         h_BTD = self._norm.call(model.backbone.norm_f, values[:split], h_BTD)
+        if pairs is not None:
+            found: tuple[mx.array, mx.array] = self._embeddings.call(
+                pairs.objective, values[split:], model, h_BTD, targets_BT
+            )
+            return found
         both: tuple[mx.array, mx.array] = self._embeddings.call(
             model.objective, values[split:], h_BTD, targets_BT, weights_BT, self.renyi, _counted(weights_BT)
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from magellano import hf_tokenizer, layout, loader, merge, writing
 from magellano.backend import mx
+from magellano.data.template import Template
 from magellano.errors import InputError
 from magellano.model import MagellanoLM
 from magellano.tokenizer import Tokenizer
@@ -23,12 +24,14 @@ class Format(StrEnum):
     MLX_LM = "mlx-lm"
 
 
-def mlx_lm(folder: Path, model: MagellanoLM, tokenizer: Tokenizer, dtype: str, chat: bool) -> dict[str, Any]:
+def mlx_lm(
+    folder: Path, model: MagellanoLM, tokenizer: Tokenizer, dtype: str, chat: bool, template: Template | None = None
+) -> dict[str, Any]:
     """Write `model`, adapters merged, for mlx-lm into `folder`, which must be empty or missing; whole or not at all.
 
     `dtype`: of the weights, and so of what mlx-lm computes in; A_log, D, biases and the router stay float32. `chat`:
-    with our chat template. One shard is in memory at a time. InputError for a BlackMamba and for a folder with
-    something in it.
+    with a chat template, `template` or ours. One shard is in memory at a time. InputError for a BlackMamba and for a
+    folder with something in it.
     """
     if not model.config.of_its_own:
         raise InputError("--to mlx-lm: a BlackMamba's gated experts, sigmoid gates and LayerNorm are not known there")
@@ -38,7 +41,7 @@ def mlx_lm(folder: Path, model: MagellanoLM, tokenizer: Tokenizer, dtype: str, c
         config = json.dumps(_config(model, tokenizer, dtype), indent=2)
         (own / loader.CONFIG).write_text(config + "\n", encoding="utf-8")
         shutil.copyfile(_SOURCE, own / MODEL_FILE)
-        hf_tokenizer.save(own, tokenizer, chat)
+        hf_tokenizer.save(own, tokenizer, chat, template)
     return {"folder": str(folder), "bytes": written, "dtype": dtype, "chat_template": chat}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from magellano import ledger, lineage, registry
 from magellano.artifacts import ArtifactRef, Store
 from magellano.errors import InputError
-from magellano.names import Decision, Stage
+from magellano.names import Decision, Objective, Stage
 from magellano.profile import GateConfig, Profile
 from magellano.progress import Progress
 from magellano.registry import Entry, HeldOut, Shelf
@@ -25,7 +25,14 @@ Numbers = dict[str, Any]
 
 
 def check(profile: Profile) -> None:
-    """InputError, before anything is trained, where the profile splits its data in another way than the fixed set."""
+    """InputError, before anything is trained, where the profile splits its data in another way than the fixed set, or
+    trains for what the gate does not measure.
+    """
+    if profile.train.objective is Objective.DPO:
+        raise InputError(
+            f"profile {profile.name}: the gate judges by the loss of what is to be said, which train.objective "
+            f'"{Objective.DPO}" need not lower; train it by magellano train, and magellano promote RUN puts it in force'
+        )
     held_out = registry.read().shelf(profile.name).held_out
     if held_out is None:
         return
@@ -179,9 +186,8 @@ def _score(
     profile: Profile, tokens: Path, base: Path, release: Path | None, progress: Progress, who: str
 ) -> Numbers:  # fmt: skip
     """Measures on the held-out split in `tokens`, of a release or of the bare base; one model in memory at a time."""
-    from magellano import evaluate, loader
+    from magellano import dpo, evaluate, loader
     from magellano.backend import mx
-    from magellano.data.shards import Shards
     from magellano.tokenizer import Tokenizer
 
     mx.clear_cache()
@@ -192,7 +198,7 @@ def _score(
         progress(done, total, model=who, **facts)
 
     spelled = Tokenizer(profile.model.vocab_size).bytes_per_token()
-    split = Shards(tokens, "held_out")
+    split = dpo.held_out_split(tokens)
     return evaluate.score(model, split, spelled, profile.evaluate.batch, profile.gate.max_tokens, told).to_dict()
 
 

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from magellano import files
+from magellano.data.template import Template
 from magellano.errors import InputError
 from magellano.tokenizer import SCHEMA, Tokenizer, ranked
 
@@ -24,16 +26,22 @@ REMEDY = "import the model again from a folder with its tokenizer.json"
 END = "<|endoftext|>"
 # The template of magellano/data/formats.py. A user's text is not special there; transformers reads END in it as such.
 CHAT = (
-    "{{ bos_token }}{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
-    "### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{{ bos_token }}{% if tools %}### Tools:{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}{% endif %}"
+    "{% for message in messages %}{% if tools or not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "### {{ message['role'] | capitalize }}:\n{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}{% set call = call['function'] or call %}"
+    "{{ '\\n' if message['content'] or not loop.first else '' }}"
+    "{{ '{\"name\": ' + call['name'] | tojson + ', \"arguments\": ' }}"
+    "{{ call['arguments'] if call['arguments'] is string else (call['arguments'] or {}) | tojson }}"
+    "{{ '}' }}{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% endif %}"
 )
 
 
-def save(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
+def save(folder: Path, tokenizer: Tokenizer, chat: bool, template: Template | None = None) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` into `folder`. A text starts with end-of-text, as in training;
-    an imported tokenizer is written as it came. `chat`: with the chat template.
+    an imported tokenizer is written as it came. `chat`: with a chat template, `template` or ours.
     """
     end, foreign = END, isinstance(tokenizer, Foreign)
     if isinstance(tokenizer, Foreign):
@@ -51,8 +59,15 @@ def save(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
         "model_max_length": 1 << 30,
     }
     if chat:
-        config["chat_template"] = CHAT
+        config["chat_template"] = CHAT if template is None else started(template.spelled(end))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def started(source: str) -> str:
+    """A template behind the end-of-text that starts every document of ours, its own bos_token left out, as in training.
+    What follows an expression does not start a line: blanks that Jinja would strip before a block there go here.
+    """
+    return "{% set bos_token = '' %}{{ eos_token }}" + re.sub(r"\A[ \t]+(?=\{[%#](?!\+))", "", source)
 
 
 def _json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -28,6 +28,18 @@ class Metrics:
     skipped: bool = False
 
 
+@dataclass
+class PairMetrics(Metrics):
+    """The same of a step on preferences: loss is that of a pair, in nats; the others are means over its pairs, as in
+    dpo.Told.
+    """
+
+    margin: float = math.nan
+    pair_accuracy: float = math.nan
+    reward_chosen: float = math.nan
+    reward_rejected: float = math.nan
+
+
 class MetricsFile:
     """metrics.jsonl in the work folder. A training that goes back to an earlier step takes its later lines back, so
     that none stands twice; only rollbacks that the training remembers stay.

@@ -102,11 +102,12 @@ class DataFormat(StrEnum):
     CHAT = "chat"
     ALPACA = "alpaca"
     SHAREGPT = "sharegpt"
+    PREFERENCE = "preference"  # pairs: of text, or of conversations
 
     @property
     def is_chat(self) -> bool:
         """Whether its documents are conversations."""
-        return self not in (DataFormat.TEXT, DataFormat.COMPLETIONS)
+        return self not in (DataFormat.TEXT, DataFormat.COMPLETIONS, DataFormat.PREFERENCE)
 
 
 class DataRender(StrEnum):
@@ -123,6 +124,13 @@ class Compute(StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+
+
+class Objective(StrEnum):
+    """What a fine-tune learns from."""
+
+    SFT = "sft"  # what is to be said
+    DPO = "dpo"  # which of two answers is better
 
 
 class LossKind(StrEnum):

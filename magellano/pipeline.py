@@ -12,8 +12,9 @@ from magellano import durable
 from magellano.artifacts import content_digest, stage_key
 from magellano.errors import InputError
 from magellano.lora_config import LoraConfig
-from magellano.names import BaseSource, DataRender, Stage
-from magellano.profile import DataConfig, Profile
+from magellano.names import BaseSource, DataRender, Objective, Stage
+from magellano.objective import KEYS
+from magellano.profile import DataConfig, Profile, TrainConfig
 from magellano.tokenizer import FILE, Tokenizer, ours
 
 
@@ -48,13 +49,15 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
             how = data.model_dump(mode="json", exclude={*where, "template", "sources", "render"})
             if data.render is not DataRender.JSON:
                 how["render"] = str(data.render)
+            if data.template:
+                how["template"] = "kept"  # its text is an input; tokens of before it was kept are made again
             if data.sources:
                 how["sources"] = [source.model_dump(mode="json", exclude=where) for source in data.sources]
             facts = {"data": how, "vocab_size": profile.model.vocab_size}
             return facts if (digest := _foreign(profile)) is None else facts | {"tokenizer": digest}
         case Stage.PRETRAIN:
             assert profile.pretrain is not None
-            trained = {"model": profile.model, "seed": profile.base.seed, "train": profile.pretrain.train}
+            trained = {"model": profile.model, "seed": profile.base.seed, "train": _train(profile.pretrain.train)}
             return trained | _loss(profile)
         case Stage.QUANTIZE:
             seeded = profile.base.source is BaseSource.SEEDED
@@ -63,7 +66,7 @@ def settings(stage: Stage, profile: Profile, data: DataConfig | None = None) -> 
             return {"lora": _adapter(profile.lora)}
         case Stage.TRAIN:
             plus = profile.lora.plus
-            return {"train": profile.train} | _loss(profile) | ({} if plus == 1.0 else {"lora.plus": plus})
+            return {"train": _train(profile.train)} | _loss(profile) | ({} if plus == 1.0 else {"lora.plus": plus})
         case Stage.CHECKPOINT:
             return {"profile": profile.name}
         case Stage.EVALUATE:
@@ -97,6 +100,11 @@ def _adapter(lora: LoraConfig) -> dict[str, Any]:
     made, default = lora.model_dump(mode="json", exclude={"plus"}), LoraConfig().model_dump(mode="json")
     later = {"kind", "rslora", "rank_pattern", "init"}
     return {key: value for key, value in made.items() if key not in later or value != default[key]}
+
+
+def _train(train: TrainConfig) -> dict[str, Any]:
+    """[train], what is minimised where it is not the usual."""
+    return train.model_dump(mode="json", exclude=set(KEYS) if train.objective is Objective.SFT else set())
 
 
 def with_dependents(stages: Iterable[Stage]) -> frozenset[Stage]:

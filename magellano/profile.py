@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from magellano import objective
 from magellano.data import rules
 from magellano.errors import InputError
 from magellano.lora_config import LoraConfig
@@ -82,6 +83,11 @@ class DataConfig(Section):
         own = [s.model_dump(exclude={"name", "weight"}) | {"format": s.format or self.format} for s in self.sources]
         return tuple(self.model_copy(update={**changes, "sources": ()}) for changes in own) or (self,)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether its documents are pairs of answers."""
+        return self.parts[0].format is DataFormat.PREFERENCE
+
     @model_validator(mode="after")
     def _possible(self) -> "DataConfig":
         if fault := rules.fault(self):
@@ -111,7 +117,7 @@ class LossConfig(Section):
         return self.kind is LossKind.RENYI and self.beta > 0
 
 
-class TrainConfig(Section):
+class TrainConfig(objective.Objectives):
     """One training run. A step is `accumulate` micro-batches of `batch` sequences, weighted by their target tokens."""
 
     steps: Positive
@@ -222,6 +228,12 @@ class Profile(Section):
                 f"lora.rank_pattern {key} matches no projection with an adapter: layers are 0 to "
                 f"{self.model.n_layers - 1}, every {self.model.moe_every}th has w1 and w2, the others the rest"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _objective(self) -> "Profile":
+        if fault := objective.fault(self):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")

@@ -4,13 +4,13 @@ planned memory beside the measured peak, and the way to each artifact.
 
 from typing import Any
 
-from magellano import registry, report
+from magellano import preference, registry, report
 from magellano.names import Stage
 
 
 def markdown(run: dict[str, Any], links: dict[str, str]) -> str:
     """The page. `run`: what a flow returns; `links`: addresses by a stage's key with `facts` or `report`."""
-    tables = [in_force(run), memory(run), pages(run, links)]
+    tables = [preference.table(run.get("evaluation") or {}), in_force(run), memory(run), pages(run, links)]
     return report.run_markdown(run, [table for table in tables if table.rows])
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from magellano import activations, disk, durable, experts, state
+from magellano import activations, disk, dpo, durable, experts, state
 from magellano.backend import compute_dtype, mx, tree_flatten, tree_unflatten
 from magellano.backprop import Backprop, Batch
 from magellano.data import shards
 from magellano.errors import Diverged, InputError, Stopped
 from magellano.guard import Guard, NotFinite, Trouble, all_finite
 from magellano.layout import parameters
-from magellano.metrics import Metrics, MetricsFile
+from magellano.metrics import Metrics, MetricsFile, PairMetrics
 from magellano.model import MagellanoLM
 from magellano.names import METRICS, Compute
 from magellano.ops.cross_entropy import Renyi
@@ -70,6 +70,9 @@ class Trainer:
         """`limit_gib`: as the profile's [memory]; 0: none. `plus`: as its [lora]."""
         self.model, self.config = model, config
         self.train, self.held_out = shards.Shards(tokens, "train"), shards.Shards(tokens, "held_out")
+        self.dpo = dpo.Dpo.of(config)
+        if bool(self.dpo) != bool(self.train.facts.get("pairs")):
+            raise InputError(f"{tokens}: train.objective {config.objective} is not for these tokens; tokenize again")
         model.compute = compute_dtype(config.compute)
         model.chunk = config.loss_chunk
         model.keep_small_dense()
@@ -86,6 +89,7 @@ class Trainer:
         self.step, self.tokens, self.guard = 0, 0, Guard()
         self.trouble: Trouble | None = None  # what the last step gives reason to set the training back for
         self.measured: float | None = None  # the held-out loss of the state as it is
+        self.preferred: dpo.Told | None = None  # what was measured with it, of pairs
         self._follow_schedule()
         self.backprop = Backprop(
             model, Renyi(loss.alpha, loss.beta) if loss and loss.has_entropy else None,
@@ -100,38 +104,45 @@ class Trainer:
             return self._pass_over()
         batches = [self.train.batch(rows) for rows in self._rows(self.step + 1).reshape(c.accumulate, c.batch)]
         total = sum(float(b.weights.sum()) for b in batches)
+        among = max(total if self.dpo is None else sum(map(dpo.count, batches)), 1.0)  # what the loss is a mean of
         grads: dict[str, mx.array] = {}
         nll, squares = mx.zeros(()), mx.zeros(())
         routers = (c.balance_loss / c.accumulate, c.router_z_loss / c.accumulate) if self.routers else None
         for rows in batches:
-            batch = Batch(*(mx.array(a) for a in (rows.tokens, rows.targets, rows.weights, rows.reset)))
+            batch = self._batch(rows)
             scaled = None if routers is None else (routers[0] * self.scale.value, routers[1] * self.scale.value)
-            found = self.backprop(batch, self.scale.value / max(total, 1.0), scaled)
+            found = self.backprop(batch, self.scale.value / among, scaled)
             nll, squares = nll + found.nll, found.squares
             grads = _added(grads, found.gradients) if c.accumulate > 1 else found.gradients
             del found  # its gradients must not outlast the next pass
         norm = mx.sqrt(squares.sum()) if c.accumulate == 1 else global_norm(grads)
         # The update is on its way before the norm is known here; a factor that is not finite changes nothing.
-        factor = gradient_factor(norm + (nll - nll), c.clip_norm, self.scale.value)
+        factor = gradient_factor(norm + (nll - nll).sum(), c.clip_norm, self.scale.value)
         self.optimizer.consume(self.model, grads, factor=factor)
         self.optimizer.evaluate(self.model.trainable_parameters(), norm, nll)
-        loss, grad_norm = float(np.array(nll)) / max(total, 1.0), float(np.array(norm)) / self.scale.value
+        loss, *more = (np.array(nll, dtype=np.float64).reshape(-1) / among).tolist()
+        grad_norm = float(np.array(norm)) / self.scale.value
         finite, lr = bool(np.isfinite(grad_norm) and np.isfinite(loss)), self._rate(self.step)
         if not finite:
             self.optimizer.take_back()
         can_overflow = self.scale.dynamic and self.scale.value > 1.0
         self.scale.update(finite)
         self.step += 1
-        self.trouble = self.guard.judge(self.step, loss if total else None, finite, can_overflow)
+        self.trouble = self.guard.judge(self.step, loss if total and not more else None, finite, can_overflow)
         self.tokens += int(total)
         if not finite:
             self._follow_schedule()
         seconds = time.perf_counter() - started
         inputs = c.batch * c.accumulate * self.train.seq_len
-        return Metrics(
+        return (PairMetrics if more else Metrics)(
             self.step, loss, lr, grad_norm, self.tokens, inputs / seconds,
-            mx.get_peak_memory() / GIB, seconds, not finite,
+            mx.get_peak_memory() / GIB, seconds, not finite, *more,
         )  # fmt: skip
+
+    def _batch(self, rows: shards.Batch) -> Batch:
+        """The arrays of a micro-batch; of pairs with the reference's log-probabilities."""
+        pairs = None if self.dpo is None else dpo.Pairs.of(self.dpo, self.model, rows)
+        return Batch(mx.array(rows.tokens), mx.array(rows.targets), mx.array(rows.weights), mx.array(rows.reset), pairs)
 
     def _pass_over(self) -> Metrics:
         """The next step without its batch: nothing is trained."""
@@ -159,20 +170,29 @@ class Trainer:
         return shards.indices((step - 1) * count, count, self.train.rows, c.seed)
 
     def held_out_loss(self, rows: int = 64, unless: Callable[[], bool] = lambda: False) -> float | None:
-        """Nats a target token over the first `rows` held-out rows; training is left as it was. None where `unless`,
-        which is asked before each batch, says to stop.
+        """Nats a target token, or a pair, over the first `rows` held-out rows; training is left as it was. None where
+        `unless`, which is asked before each batch, says to stop.
         """
         nll, total = 0.0, 0.0
+        self.preferred = None
+        sums = np.zeros(5)
         for first in range(0, min(rows, self.held_out.rows), self.config.batch):
             if unless():
                 return None
             index = np.arange(first, min(first + self.config.batch, rows, self.held_out.rows))
             b = self.held_out.batch(index)
+            if self.dpo is not None:
+                found, pairs = dpo.held_out(self.dpo, self.model, b)
+                sums, total = sums + found, total + pairs
+                continue
             scores, _ = self.model.scores(
                 mx.array(b.tokens), mx.array(b.targets), mx.array(b.reset), self.config.loss_chunk
             )
             nll += float((np.array(scores) * b.weights).sum())
             total += float(b.weights.sum())
+        if self.dpo is not None:
+            self.preferred = dpo.told(sums, int(total))
+            return self.preferred.loss
         return nll / max(total, 1.0)
 
     def tensors(self) -> dict[str, mx.array]:
@@ -293,6 +313,8 @@ class _Run:
             if (t.step % self.watch.every == 0 or t.step in (1, c.steps)) and (look := self.watch(t.step)):
                 self.metrics(look)
             facts = {"loss": m.loss, "tokens_per_s": m.tokens_per_s, "peak_gib": m.peak_gib}
+            if isinstance(m, PairMetrics):
+                facts["pair_accuracy"] = m.pair_accuracy
             self.progress(t.step, c.steps, **{k: v for k, v in facts.items() if math.isfinite(v)})
             self._settle()
         seconds = time.perf_counter() - started
@@ -331,7 +353,8 @@ class _Run:
         loss = t.held_out_loss(unless=lambda: self.stop.requested)
         if loss is None:
             return False
-        self.metrics({"step": t.step, "held_out_loss": loss})
+        more = {f"held_out_{name}": value for name, value in asdict(t.preferred).items()} if t.preferred else {}
+        self.metrics({"step": t.step, "held_out_loss": loss} | more)
         t.measured = loss if math.isfinite(loss) else None
         best = state.best(self.work)
         return t.measured is not None and (self.saved == t.step or best is None or loss < best[1])

@@ -181,12 +181,3 @@ def test_prompts_are_rendered_as_in_training(
     facts = call(capsys, folder, "--prompt", '{"a": [1, 2]}', "--max-tokens", "6")
     assert facts["text"] == expected(model, "a[2]: 1,2", 6)
     assert facts["text"] != expected(model, '{"a": [1, 2]}', 6)
-
-
-def test_a_chat_by_another_template_is_refused(
-    made: tuple[str, MagellanoLM], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    folder, model = made
-    monkeypatch.setattr(Chosen, "find", lambda run: Trained(model, template="theirs.jinja"))
-    assert cli.main(["generate", folder, "--chat"]) == 2
-    assert "trained on conversations by theirs.jinja" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from magellano.runs import Release
 
 if TYPE_CHECKING:
+    from magellano.data.template import Template
     from magellano.model import MagellanoLM
     from magellano.tokenizer import Tokenizer
 
@@ -40,6 +41,19 @@ class Chosen:
         if self.release is None:
             return loader.load_model(self.folder, compute)
         return loader.load_release(self.folder, self.release.base, compute)
+
+    def template(self) -> "Template | None":
+        """The chat template that it was trained with; None where that is ours. InputError where it was not kept."""
+        from magellano.data.template import Template
+        from magellano.errors import InputError
+
+        found = Template.kept(self.folder)
+        if found is None and self.release is not None and self.release.profile.data.template:
+            raise InputError(
+                f"{self.folder}: trained on conversations by {self.release.profile.data.template}, which this release "
+                f"is too old to hold; magellano train {self.release.profile.name} makes one that does"
+            )
+        return found
 
     def tokenizer(self) -> "Tokenizer":
         from magellano.tokenizer import Tokenizer

@@ -110,9 +110,11 @@ def _score_tasks(out: Path, release: "Release", tasks: "Tasks", args: argparse.N
 
 
 def show(facts: dict[str, Any], console: "Console") -> None:
-    from magellano import report
+    from magellano import preference, report
 
     report.show_evaluation(facts, console)
+    if (pairs := preference.table(facts)).rows:
+        pairs.show(console)
     places = {"release": Path(facts["release"]), "evaluation": Path(facts["out"])}
     if "tasks" in facts:
         from magellano import task_scores

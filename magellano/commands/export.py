@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=["mlx-lm", "peft"], help="which library")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to; it must be empty or new")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default bfloat16)")
-    chat = "with the chat template; by default where the release was trained on chats"
+    chat = "with the chat template of its training; by default where the release was trained on chats"
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=None, help=chat)
 
 
@@ -31,14 +31,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from magellano.data import rules
 
     chosen = Chosen.find(args.run)
-    trained_on_chats = chosen.release is not None and rules.chats_as_ours(chosen.release.profile.data)
     if args.to == "peft":
         return _peft(chosen, args.folder)
     from magellano import export
 
     started = time.perf_counter()
-    chat = trained_on_chats if args.chat is None else args.chat
-    facts = export.mlx_lm(args.folder, chosen.model("float32"), chosen.tokenizer(), args.dtype, chat)
+    template = None if args.chat is False else chosen.template()
+    ours = chosen.release is not None and rules.chats_as_ours(chosen.release.profile.data)
+    chat = (template is not None or ours) if args.chat is None else args.chat
+    facts = export.mlx_lm(args.folder, chosen.model("float32"), chosen.tokenizer(), args.dtype, chat, template)
     return {"release": str(chosen.folder), "to": args.to, **facts, "seconds": time.perf_counter() - started}
 
 

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     release = Release.find(args.run)
     from magellano import fuse, loader, merge, writing
     from magellano.data.shards import Shards
+    from magellano.data.template import Template
     from magellano.export import DTYPES
     from magellano.tokenizer import Tokenizer
 
@@ -51,6 +52,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             tensors = merge.tensors(model, DTYPES[args.dtype])
         loader.write_model(own, model.config, tensors, quantized=args.bits == 4)
         Tokenizer.load(release.folder).save(own)
+        if template := Template.kept(release.folder):
+            template.keep(own)
         fused = loader.load_model(own, release.profile.train.compute)
         cost = fuse.cost(model, fused, batches(Shards(tokens, "held_out"), batch, args.max_tokens))
         if why := cost.too_much(args.bound):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from magellano.commands.voices import Voices
     from magellano.completion import Completion
+    from magellano.data.template import Template
     from magellano.generate import Context
     from magellano.model import MagellanoLM
     from magellano.sampling import Sampling
@@ -74,7 +75,7 @@ class Session:
     start: "Context"  # where a prompt goes on: the start of a document, or the state that was given
     voices: "Voices"
     name: str  # of the adapter in use
-    template: str = ""  # the chat template of the training data, where it is not ours
+    template: "Template | None" = None  # the chat template of the training data, where it is not ours
     toon: bool = False  # whether the prompts that it was trained on have their JSON records in TOON
 
     def switched(self, name: str | None, where: str) -> "Session":
@@ -139,13 +140,22 @@ def _session(
 ) -> Session:
     """With the adapter `name`, put on."""
     from magellano import generate
+    from magellano.commands.chosen import Chosen
+    from magellano.errors import InputError
     from magellano.names import DataRender
 
     voice = voices.use(name, where)
     if voice.start is None:
         voice.start = generate.begin(voices.model, tokenizer.end_of_text)
-    data = None if voice.release is None else voice.release.profile.data
-    template, toon = ("", False) if data is None else (data.template, data.render is DataRender.TOON)
+    template = None
+    if args.chat:
+        template = (voices.chosen if voice.release is None else Chosen(voice.release.folder, voice.release)).template()
+    if template is not None and args.state:
+        raise InputError(
+            "--chat: this release's chat template needs the messages, which --state does not hold; leave it out, or "
+            "give --prompt the text that the template makes"
+        )
+    toon = voice.release is not None and voice.release.profile.data.render is DataRender.TOON
     return Session(args, voices.model, tokenizer, sampling, voice.start, voices, name, template, toon)
 
 
@@ -229,15 +239,11 @@ def _chat(session: Session) -> tuple[dict[str, Any], "Context"]:
     from magellano.completion import Chat
     from magellano.data import toon
     from magellano.data.formats import Role
-    from magellano.errors import InputError
+    from magellano.templated import TemplatedChat
 
-    if session.template:
-        raise InputError(
-            f"--chat: this release was trained on conversations by {session.template}, which is not known here; "
-            "give --prompt the text that the template makes"
-        )
     args, messages, tokens = session.args, [], 0
-    chat = Chat(session.model, session.tokenizer, session.start)
+    given = session.model, session.tokenizer, session.start
+    chat = Chat(*given) if session.template is None else TemplatedChat(*given, session.template)
     if args.system is not None:
         chat.say(Role.SYSTEM, args.system)
         messages.append({"role": "system", "content": args.system})

@@ -5,6 +5,8 @@ completions  {prompt, completion}                 the completion counts; the two
 chat         {messages: [{role, content}, ...]}   what the assistant says counts, with the end-of-text after each turn
 alpaca       {instruction, input, output}         as a chat of two turns
 sharegpt     {conversations: [{from, value}]}     as a chat
+preference   {prompt, chosen, rejected}           a pair of documents, prompt with either answer: as completions, or
+                                                  of messages as chats, of which the answer alone counts
 
 The chat template is plain text, so that it needs no tokens of its own (\\n is a line feed, EOT the end-of-text token):
     ### System:\\nCONTENT\\n\\n### User:\\nCONTENT\\n\\n### Assistant:\\nCONTENT EOT \\n\\n### User:\\n...
@@ -20,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from magellano.data.shapes import Conversation, Message, Role, compact, conversation
-from magellano.data.template import Template
+from magellano.data.shapes import Conversation, Message, Role, answered, compact, conversation
+from magellano.data.template import Template, Unfit
 from magellano.names import DataFormat
+
+Render = Callable[[str], str]
 
 COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.TEXT: ("text",),
@@ -30,11 +34,13 @@ COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.CHAT: ("messages",),
     DataFormat.ALPACA: ("instruction", "output"),
     DataFormat.SHAREGPT: ("conversations",),
+    DataFormat.PREFERENCE: ("prompt", "chosen", "rejected"),
 }
 OPTIONAL: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.CHAT: ("tools",),
     DataFormat.ALPACA: ("input", "system"),
     DataFormat.SHAREGPT: ("system", "tools"),
+    DataFormat.PREFERENCE: ("tools",),
 }
 
 
@@ -45,31 +51,36 @@ def columns(format: DataFormat) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Segment:
-    """Text that counts in the loss or is context only; `ends`: an end-of-text token follows and counts as it does."""
+    """Text that counts in the loss or is context only; `ends`: an end-of-text token follows and counts as it does;
+    `opens`: it begins the second document of a pair.
+    """
 
     text: str
     counts: bool
     ends: bool = False
+    opens: bool = False
 
 
 @dataclass(frozen=True)
 class Document:
     """A document as its targets t1..tn, end-of-text; its inputs are end-of-text, t1..tn.
 
-    targets uint16 [n+1], counts uint8 [n+1]: 1 where the target is in the loss; digest: of the content.
+    targets uint16 [n+1], counts uint8 [n+1]: 1 where the target is in the loss; digest: of the content. Of a pair both
+    documents stand behind each other, and `second` is where the second begins (0: there is none).
     """
 
     targets: np.ndarray
     counts: np.ndarray
     digest: bytes = b""
     source: int = 0  # number of the source that it comes from
+    second: int = 0
 
 
 def segments(
     row: dict[str, Any],
     format: DataFormat,
     template: Template | None = None,
-    render: Callable[[str], str] = lambda text: text,
+    render: Render = lambda text: text,
 ) -> list[Segment]:
     """The segments of a row that `schema` has found valid; `render` is applied to what the assistant does not say.
     Raises Unfit for a conversation that `template` refuses.
@@ -79,11 +90,31 @@ def segments(
             return [Segment(row["text"], counts=True, ends=True)]
         case DataFormat.COMPLETIONS:
             return [Segment(render(row["prompt"]), counts=False), Segment(row["completion"], counts=True, ends=True)]
+        case DataFormat.PREFERENCE:
+            return _pair(row, template, render)
         case _:
-            said = conversation(row, format)
-            turns = (m if m.role is Role.ASSISTANT else replace(m, content=render(m.content)) for m in said.messages)
-            said = replace(said, messages=tuple(turns))
-            return told(said) if template is None else [Segment(*part) for part in template.parts(said)]
+            return _conversed(conversation(row, format), template, render)
+
+
+def _conversed(said: Conversation, template: Template | None, render: Render) -> list[Segment]:
+    turns = (m if m.role is Role.ASSISTANT else replace(m, content=render(m.content)) for m in said.messages)
+    said = replace(said, messages=tuple(turns))
+    return told(said) if template is None else [Segment(*part) for part in template.parts(said)]
+
+
+def _pair(row: dict[str, Any], template: Template | None, render: Render) -> list[Segment]:
+    """Two documents behind each other. Raises Unfit."""
+    texts = [isinstance(row[column], str) for column in COLUMNS[DataFormat.PREFERENCE]]
+    if any(texts) and not all(texts):
+        raise Unfit("is text where chosen or rejected are messages, or the other way round")
+    if row["chosen"] == row["rejected"]:
+        raise Unfit("has the same answer as chosen and rejected")
+    if all(texts):
+        asked = Segment(render(row["prompt"]), counts=False)
+        chosen, rejected = ([asked, Segment(row[which], counts=True, ends=True)] for which in ("chosen", "rejected"))
+    else:
+        chosen, rejected = (_conversed(answered(row, which), template, render) for which in ("chosen", "rejected"))
+    return [*chosen, replace(rejected[0], opens=True), *rejected[1:]]
 
 
 def chat(messages: list[dict[str, Any]]) -> list[Segment]:
@@ -104,8 +135,9 @@ def told(said: Conversation) -> list[Segment]:
 
 def _turn(message: Message, first: bool) -> list[Segment]:
     answers = message.role is Role.ASSISTANT
+    counts = answers and message.learnt
     return [
-        Segment(header(message.role, first), counts=False), Segment(message.text, counts=answers, ends=answers)
+        Segment(header(message.role, first), counts=False), Segment(message.text, counts=counts, ends=answers)
     ]  # fmt: skip
 
 
@@ -116,7 +148,8 @@ def header(role: Role, first: bool = False) -> str:
 
 def digest(parts: list[Segment]) -> bytes:
     """16 bytes that stand for a row's content: what is said and what of it counts, and nothing else in the row."""
-    content = json.dumps([(part.text, part.counts) for part in parts], ensure_ascii=False)
+    said = [(part.text, part.counts, *(["second"] if part.opens else [])) for part in parts]
+    content = json.dumps(said, ensure_ascii=False)
     return hashlib.blake2b(content.encode("utf-8"), digest_size=16).digest()
 
 
@@ -126,8 +159,13 @@ def document(
     """The segments with their token ids as one document, ended by end-of-text (context where none was asked)."""
     ids: list[int] = []
     counts: list[bool] = []
-    ended = False
+    ended, second = False, 0
     for segment, tokens in parts:
+        if segment.opens:
+            if not ended:
+                ids.append(end_of_text)
+                counts.append(False)
+            second = len(ids)
         ids += tokens
         counts += [segment.counts] * len(tokens)
         ended = segment.ends
@@ -137,4 +175,4 @@ def document(
     if not ended:
         ids.append(end_of_text)
         counts.append(False)
-    return Document(np.array(ids, dtype=np.uint16), np.array(counts, dtype=np.uint8), digest, source)
+    return Document(np.array(ids, dtype=np.uint16), np.array(counts, dtype=np.uint8), digest, source, second)

@@ -4,7 +4,8 @@ Row:      | EOT a1 a2 a3 | EOT b1 b2 | pad pad |
 targets   | a1  a2 a3 EOT| b1 b2 EOT | EOT EOT |
 reset     | 1   0  0  0  | 1  0  0   | 1   0   |
 A document longer than T is cut in pieces. Each piece begins, reset, with the token that was the last target before it,
-so every target is predicted exactly once.
+so every target is predicted exactly once. The two documents of a pair stand behind each other in one row, so that pairs
+are whole in whatever rows become a batch; rows of pairs hold nothing else.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,16 +21,23 @@ OPEN_ROWS = 64  # rows that first fit may still fill: bounds memory and time, an
 
 @dataclass(frozen=True)
 class Piece:
-    """A document or a part of it that fits a row: uint16, uint16 and uint8 arrays of one length, at most T."""
+    """A document, a part of it, or a pair, that fits a row: uint16, uint16 and uint8 arrays of one length, at most T.
+    `second`: where the second document of a pair begins; 0: there is none.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
     counts: np.ndarray
+    second: int = 0
 
 
 def pieces(document: Document, seq_len: int, end_of_text: int) -> Iterator[Piece]:
-    """Cut a document at every T targets; most documents are one piece."""
+    """Cut a document at every T targets; most documents are one piece, and a pair always is."""
     tokens = np.concatenate([np.array([end_of_text], dtype=np.uint16), document.targets[:-1]])
+    if document.second:
+        tokens[document.second] = end_of_text
+        yield Piece(tokens, document.targets, document.counts, document.second)
+        return
     for first in range(0, len(tokens), seq_len):
         part = slice(first, first + seq_len)
         yield Piece(tokens[part], document.targets[part], document.counts[part])
@@ -78,7 +86,7 @@ class Packer:
         for piece in row:
             end = start + len(piece.tokens)
             tokens[start:end], targets[start:end], counts[start:end] = piece.tokens, piece.targets, piece.counts
-            reset[start] = 1
+            reset[[start, start + piece.second]] = 1
             start = end
         if start < self.seq_len:
             reset[start] = 1

@@ -17,7 +17,9 @@ def fault(data: "DataConfig") -> str | None:
     if len({source.name for source in data.sources}) < len(data.sources):
         return "sources: two have the same name; rename one"
     formats = [part.format for part in data.parts]
-    if data.template and not any(format.is_chat for format in formats):
+    if DataFormat.PREFERENCE in formats and len(set(formats)) > 1:
+        return 'sources: format "preference" goes with no other: make all of them so, or none'
+    if data.template and not any(format.is_chat or format is DataFormat.PREFERENCE for format in formats):
         return f'template is for conversations, and format is "{data.format}"; leave it out'
     if data.render is DataRender.TOON and all(format is DataFormat.TEXT for format in formats):
         return 'render "toon" is for prompts, and format "text" has none; leave it out'

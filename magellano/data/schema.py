@@ -72,14 +72,24 @@ def text_fault(value: Any, blank: bool = False) -> Reason | None:
     return Reason.BLANKS if limits.blank_run(value) else None
 
 
-def messages_fault(value: Any) -> Reason | None:
-    """What is wrong with a column of chat messages."""
+def messages_fault(value: Any, asks: bool = False) -> Reason | None:
+    """What is wrong with a column of chat messages; `asks`: it need not hold an answer."""
     if not isinstance(value, list) or not value:
         return Reason.NOT_MESSAGES
     for message in value:
         if fault := _message_fault(message):
             return fault
-    return None if any(m["role"] == Role.ASSISTANT for m in value) else Reason.NO_ANSWER
+    return None if asks or any(m["role"] == Role.ASSISTANT for m in value) else Reason.NO_ANSWER
+
+
+def asked_fault(value: Any) -> Reason | None:
+    """What is wrong with the prompt of a pair: text or messages."""
+    return messages_fault(value, asks=True) if isinstance(value, list) else text_fault(value)
+
+
+def answer_fault(value: Any) -> Reason | None:
+    """What is wrong with an answer of a pair: text or messages."""
+    return messages_fault(value) if isinstance(value, list) else text_fault(value)
 
 
 def _message_fault(message: Any) -> Reason | None:
@@ -94,6 +104,9 @@ def _message_fault(message: Any) -> Reason | None:
         return Reason.FIELDS
     if calls and (fault := _calls_fault(calls)):
         return fault
+    named = shapes.identifiers(message) if role == Role.TOOL else ()
+    if fault := next(filter(None, (text_fault(value, blank=True) for _, value in named)), None):
+        return fault
     if calls and content is None:
         return None
     fault = text_fault(content, blank=role != Role.ASSISTANT or bool(calls))
@@ -102,7 +115,7 @@ def _message_fault(message: Any) -> Reason | None:
 
 def _calls_fault(calls: Any) -> Reason | None:
     made = [shapes.call(call) for call in calls] if isinstance(calls, list) else [None]
-    texts = [call.text for call in made if call is not None]
+    texts = [call.text + call.id for call in made if call is not None]
     return next(filter(None, map(text_fault, texts)), None) if len(texts) == len(made) else Reason.CALL
 
 
@@ -138,6 +151,11 @@ _FAULTS: dict[str, tuple[Fault, tuple[Reason, ...]]] = {  # of columns that are 
     "input": (_blank_fault, _TEXT),
     "system": (_blank_fault, _TEXT),
 }
+_OF_PAIRS: dict[str, tuple[Fault, tuple[Reason, ...]]] = {
+    "prompt": (asked_fault, (Reason.NOT_TEXT, *_MESSAGES)),
+    "chosen": (answer_fault, (Reason.NOT_TEXT, *_MESSAGES)),
+    "rejected": (answer_fault, (Reason.NOT_TEXT, *_MESSAGES)),
+}
 
 
 @cache
@@ -150,7 +168,8 @@ def schema(format: DataFormat) -> "DataFrameSchema":
 
     made = {}
     for name in columns(format):
-        fault, reasons = _FAULTS.get(name, (text_fault, _TEXT))
+        known = _FAULTS | (_OF_PAIRS if format is DataFormat.PREFERENCE else {})
+        fault, reasons = known.get(name, (text_fault, _TEXT))
         optional = name not in COLUMNS[format]
         made[name] = pa.Column(object, [check(fault, reason) for reason in reasons], nullable=optional)
     return pa.DataFrameSchema(made)

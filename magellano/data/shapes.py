@@ -3,6 +3,7 @@
 chat      {messages: [{role, content, tool_calls?}, ...], tools?}                OpenAI's
 alpaca    {instruction, input?, output, system?}                                 one question, one answer
 sharegpt  {conversations: [{from, value}, ...], system?, tools?}                 with function_call and observation
+preference  {prompt, chosen, rejected, tools?}, each a list of messages          two answers to one prompt
 
 A tool call is {name, arguments}, alone or as OpenAI's {type, id, function: {name, arguments}}; arguments are an object
 or its JSON. `tools` is a list of objects or its JSON. In Parquet keep both as JSON: Arrow gives all rows of a
@@ -10,7 +11,7 @@ struct the same fields, and those that a row lacks would be nulls in its text.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -32,7 +33,7 @@ SPEAKERS = {
     "human": Role.USER, "user": Role.USER, "gpt": Role.ASSISTANT, "assistant": Role.ASSISTANT,
     "function_call": Role.ASSISTANT, "observation": Role.TOOL, "tool": Role.TOOL, "system": Role.SYSTEM,
 }  # fmt: skip
-IDENTIFIERS = ("tool_call_id", "name", "id")  # say which call a tool answers: left out of the text
+IDENTIFIERS = ("tool_call_id", "name", "id")  # say which call a tool answers: for chat templates; not in our own text
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Call:
 
     name: str
     arguments: dict[str, Any]
+    id: str = ""
 
     @property
     def text(self) -> str:
@@ -52,6 +54,8 @@ class Message:
     role: Role
     content: str
     calls: tuple[Call, ...] = ()
+    answers: tuple[tuple[str, str], ...] = ()  # of a tool's message: its identifiers by name
+    learnt: bool = True  # of the assistant's: whether it counts
 
     @property
     def text(self) -> str:
@@ -85,6 +89,12 @@ def conversation(row: dict[str, Any], format: DataFormat) -> Conversation:
     return Conversation(tuple(map(_message, said)), tuple(tools(row.get("tools")) or ()))
 
 
+def answered(row: dict[str, Any], which: str) -> Conversation:
+    """The prompt of a preference row of messages with its answer `which`, which alone counts."""
+    asked = (replace(_message(message), learnt=False) for message in row["prompt"])
+    return Conversation((*asked, *map(_message, row[which])), tuple(tools(row.get("tools")) or ()))
+
+
 def turn(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of ShareGPT as a message; what is not known of it stays, for the checks to find."""
     rest = {key: value for key, value in entry.items() if key not in ("from", "value")}
@@ -101,11 +111,16 @@ def call(value: Any) -> Call | None:
     inner = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(inner, dict) or not isinstance(name := inner.get("name"), str) or not name.strip():
         return None
-    arguments = inner.get("arguments")
+    arguments, id = inner.get("arguments"), value.get("id")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        return Call(name, {})
+        arguments = {}
     arguments = _json(arguments) if isinstance(arguments, str) else arguments
-    return Call(name, arguments) if isinstance(arguments, dict) else None
+    return Call(name, arguments, id if isinstance(id, str) else "") if isinstance(arguments, dict) else None
+
+
+def identifiers(message: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Which call a tool's message answers, by the names that templates know."""
+    return tuple((key, message[key]) for key in IDENTIFIERS if isinstance(message.get(key), str))
 
 
 def tools(value: Any) -> list[dict[str, Any]] | None:
@@ -116,7 +131,8 @@ def tools(value: Any) -> list[dict[str, Any]] | None:
 
 def _message(message: dict[str, Any]) -> Message:
     made = [call(value) for value in message.get("tool_calls") or ()]
-    return Message(Role(message["role"]), message["content"] or "", tuple(c for c in made if c is not None))
+    calls, role = tuple(c for c in made if c is not None), Role(message["role"])
+    return Message(role, message["content"] or "", calls, identifiers(message) if role is Role.TOOL else ())
 
 
 def _json(text: str) -> Any:

@@ -8,7 +8,7 @@ becomes nothing, for every document starts with end-of-text anyway. Any other sp
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,12 @@ from magellano.data import limits
 from magellano.data.shapes import Call, Conversation, Message, Role, compact
 from magellano.errors import InputError
 
+FILE = "chat_template.json"  # where tokens, releases and model folders keep it: as a tokenizer_config.json has it
 END = "\0end\0"  # stands for the end-of-text while a template runs: no row that passed the checks holds a NUL
 MESSAGES = 400  # of a conversation: each answer is found by rendering what leads up to it
 GROWING = ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map")  # long strings out of short ones
 TEMPLATE_BYTES = limits.MIB
+PROBE = "\ue000"  # a private character: stands for an answer while what stands around it is found
 _REMEDY = "give a tokenizer_config.json with a chat_template, or the template itself as .jinja"
 
 
@@ -32,10 +34,11 @@ class Unfit(ValueError):
 
 @dataclass(frozen=True)
 class Template:
-    """`source`: the Jinja text; `label`: for messages."""
+    """`source`: the Jinja text; `label`: for messages; `eos`: what its model spells END."""
 
     source: str
     label: str
+    eos: str = ""
 
     @classmethod
     def read(cls, path: Path) -> "Template":
@@ -51,11 +54,43 @@ class Template:
             found = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}.get("default")
         if not isinstance(found, str) or not found.strip():
             raise InputError(f"{path}: no chat_template in it; {_REMEDY}")
-        if isinstance(eos, str) and eos.strip():
-            found = found.replace(eos, END)
-        made = cls(found, str(path))
+        eos = eos if isinstance(eos, str) and eos.strip() else ""
+        made = cls(found.replace(eos, END) if eos else found, str(path), eos)
         made._compiled  # noqa: B018 (a template that is none is refused here)
         return made
+
+    @classmethod
+    def kept(cls, folder: Path) -> "Template | None":
+        """The template that `keep` wrote; None where there is none."""
+        return cls.read(folder / FILE) if os.path.lexists(folder / FILE) else None
+
+    def keep(self, folder: Path) -> None:
+        """Write it into `folder`, for `read`."""
+        text = json.dumps({"chat_template": self.spelled(self.eos), "eos_token": self.eos or None}, indent=2)
+        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+    def spelled(self, end: str) -> str:
+        """The Jinja text with `end` where it spells its end-of-text out."""
+        return self.source.replace(END, end)
+
+    def prompt(self, said: Conversation) -> str:
+        """All that is read before the next answer, with END where end-of-text is. Raises Unfit."""
+        return self._render(said, len(said.messages), asks=True)
+
+    def whole(self, said: Conversation) -> str:
+        """The conversation, with END where end-of-text is. Raises Unfit."""
+        return self._render(said, len(said.messages))
+
+    def around(self, said: Conversation) -> tuple[str, str]:
+        """What stands before the next answer's content, behind the prompt, and behind the content, up to end-of-text.
+        Raises Unfit.
+        """
+        prompt = self.prompt(said)
+        whole = self.whole(replace(said, messages=(*said.messages, Message(Role.ASSISTANT, PROBE))))
+        before, found, behind = whole[len(prompt) :].partition(PROBE)
+        if not found or not whole.startswith(prompt):
+            raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
+        return before, behind.split(END)[0]
 
     def parts(self, said: Conversation) -> list[tuple[str, bool, bool]]:
         """(text, whether it counts, whether end-of-text follows) of a conversation. An answer is what it adds to the
@@ -73,13 +108,19 @@ class Template:
                 if not prompt.startswith(done) or not whole.startswith(prompt):
                     raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
                 answer = _pieces(whole[len(prompt) :], True)
-                if not any(text.strip() for text, counts, _ in answer if counts):
+                learnt = "".join(text for text, counts, _ in answer if counts)
+                if not learnt.strip():
                     raise Unfit("has an answer of which the chat template leaves nothing (does it know tool calls?)")
+                if not all(_in(learnt, call.name) for call in message.calls):
+                    raise Unfit("has a tool call that the chat template leaves out")
+                answer = answer if message.learnt else [(text, False, ends) for text, _, ends in answer]
                 made += [*_pieces(prompt[len(done) :], False), *answer]
                 done = whole
         rest = self._render(said, len(said.messages))
         if not rest.startswith(done):
             raise Unfit("is rendered by the chat template so that answers cannot be told from prompts")
+        if lost := _lost(said, rest):
+            raise Unfit(f"has {lost} that the chat template leaves out")
         if answer and not any(ends for _, counts, ends in answer if counts):
             made[-1] = (made[-1][0], True, True)
         return made + _pieces(rest[len(done) :], False)
@@ -128,12 +169,27 @@ def _text(path: Path) -> str:
 def _plain(message: Message) -> dict[str, Any]:
     made: dict[str, Any] = {"role": str(message.role), "content": message.content}
     if message.calls:
-        made["tool_calls"] = [{"type": "function", "function": _call(call)} for call in message.calls]
-    return made
+        made["tool_calls"] = [_call(call) for call in message.calls]
+    return made | dict(message.answers)
 
 
 def _call(call: Call) -> dict[str, Any]:
-    return {"name": call.name, "arguments": call.arguments}
+    identified = {"id": call.id} if call.id else {}
+    return {"type": "function", **identified, "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _lost(said: Conversation, text: str) -> str:
+    """What of the tools the template leaves out of `text`; "" for nothing."""
+    names = [function.get("name") for tool in said.tools if isinstance(function := tool.get("function", tool), dict)]
+    if any(isinstance(name, str) and not _in(text, name) for name in names):
+        return "a tool"
+    answers = [m.content.strip() for m in said.messages if m.role is Role.TOOL]
+    return "" if all(_in(text, answer) for answer in answers) else "a tool's answer"
+
+
+def _in(text: str, said: str) -> bool:
+    """Whether `text` holds `said`, as it is or as JSON."""
+    return said in text or compact(said)[1:-1] in text
 
 
 def _pieces(text: str, counts: bool) -> list[tuple[str, bool, bool]]:

@@ -1,9 +1,10 @@
-"""checkpoint: the trained state -> a sealed release: adapter, config, tokenizer, lineage; verified by loading it
-again.
+"""checkpoint: the trained state -> a sealed release: adapter, config, tokenizer, chat template, lineage; verified by
+loading it again.
 """
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from magellano import loader, lora
 from magellano.backend import mx
+from magellano.data import template
 from magellano.data.shards import Shards
 from magellano.names import METRICS
 from magellano.profile import Profile
@@ -29,6 +31,8 @@ def run(
     shutil.copyfile(base / loader.CONFIG, out / loader.CONFIG)
     shutil.copyfile(trained / METRICS, out / METRICS)
     Tokenizer.load(base).save(out)
+    if os.path.lexists(tokens / template.FILE):
+        shutil.copyfile(tokens / template.FILE, out / template.FILE)
     (out / LINEAGE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
     made_by = profile.model_dump_json(indent=2, exclude={"description", "evaluate", "memory", "gate", "disk"})
     (out / PROFILE).write_text(made_by + "\n", encoding="utf-8")

@@ -22,7 +22,8 @@ from magellano.tokenizer import RANKS_SHA256, Tokenizer
 
 REJECTS = "rejects.jsonl"
 SHARD_TOKENS = 8_000_000  # positions in a shard: 48 MB on disk, and what is in memory of each split
-_Said = tuple[list[formats.Segment], list[toon.Record]]
+_Said = tuple[int, list[formats.Segment], list[toon.Record]]  # index in the chunk, what is said, its records
+_Distinct = tuple[int, bytes, list[formats.Segment]]
 
 
 def run(
@@ -36,11 +37,15 @@ def run(
     tokenizer = tokenizer or Tokenizer(vocab_size)
     own = [Accounting() for _ in data.parts]  # by source
     which: dict[str, Any] = {"ranks_sha256": RANKS_SHA256} if type(tokenizer) is Tokenizer else {}
+    if data.pairs:
+        which["pairs"] = True
     held_out = _Writer(out, Split.HELD_OUT, data.seq_len, tokenizer, own, shards=[])
     owners: list[int] = []  # of the training shards
     trained = [_Writer(out, Split.TRAIN, data.seq_len, tokenizer, own, owners, n) for n in range(len(own))]
     with open(out / REJECTS, "x", encoding="utf-8") as rejects:
         reader = _Reader(data, tokenizer, own, rejects, progress)
+        if reader.template is not None:
+            reader.template.keep(out)
         for split, document in splitting.assign(reader.documents(), data.held_out, data.seed):
             (held_out if split is Split.HELD_OUT else trained[document.source]).add(document)
     for writer in (held_out, *trained):
@@ -80,7 +85,7 @@ class _Reader:
         self._data, self._tokenizer, self._own = data, tokenizer, own
         self._rejects, self._progress = rejects, progress
         self._formats = [part.format for part in data.parts]
-        self._template = Template.read(Path(data.template).expanduser()) if data.template else None
+        self.template = Template.read(Path(data.template).expanduser()) if data.template else None
         self._seen: set[bytes] = set()
         self._first_reject = ""
         self.files: Counter[str] = Counter()  # rows read by file
@@ -90,7 +95,7 @@ class _Reader:
         for chunk in readers.read(self._data):
             self._own[chunk.source].rows_read += len(chunk.rows)
             self.files[chunk.file] += len(chunk.rows)
-            yield from self._tokenize(chunk.source, self._distinct(chunk.source, self._valid(chunk)))
+            yield from self._tokenize(chunk, self._distinct(chunk.source, self._valid(chunk)))
             done += chunk.last
             total = max(total, done)
             books = Accounting.total(self._own)
@@ -117,11 +122,11 @@ class _Reader:
                 return text
 
             try:
-                parts = formats.segments(row, format, self._template, render)
+                parts = formats.segments(row, format, self.template, render)
             except Unfit as e:
                 self._reject(chunk, index, formats.COLUMNS[format][0], str(e))
                 continue
-            yield parts, records
+            yield index, parts, records
 
     def _reject(self, chunk: readers.Chunk, index: int, column: str, reason: str) -> None:
         self._own[chunk.source].rejected[f"{column} {reason}"] += 1
@@ -129,9 +134,9 @@ class _Reader:
         self._rejects.write(json.dumps(where, ensure_ascii=False) + "\n")
         self._first_reject = self._first_reject or f"{chunk.file}: row {chunk.numbers[index]}: {column} {reason}"
 
-    def _distinct(self, source: int, rows: Iterable[_Said]) -> Iterator[tuple[bytes, list[formats.Segment]]]:
+    def _distinct(self, source: int, rows: Iterable[_Said]) -> Iterator[_Distinct]:
         """Each row's segments with its content's digest, without those seen before if the profile says so."""
-        for parts, records in rows:
+        for index, parts, records in rows:
             digest = formats.digest(parts)
             if self._data.deduplicate and digest in self._seen:
                 self._own[source].duplicates += 1
@@ -139,7 +144,7 @@ class _Reader:
             if self._data.deduplicate:
                 self._seen.add(digest)
             self._weigh(self._own[source], records)
-            yield digest, parts
+            yield index, digest, parts
 
     def _weigh(self, books: Accounting, records: list[toon.Record]) -> None:
         made = [record for record in records if record.toon]
@@ -149,15 +154,18 @@ class _Reader:
         books.json_tokens += sum(map(len, tokens[::2]))
         books.toon_tokens += sum(map(len, tokens[1::2]))
 
-    def _tokenize(self, source: int, rows: Iterator[tuple[bytes, list[formats.Segment]]]) -> Iterator[Document]:
-        """A chunk is encoded at once: threads share the work."""
-        chunk = list(rows)
-        texts = iter(self._tokenizer.encode_many([part.text for _, parts in chunk for part in parts]))
-        for digest, parts in chunk:
+    def _tokenize(self, chunk: readers.Chunk, rows: Iterator[_Distinct]) -> Iterator[Document]:
+        """A chunk is encoded at once: threads share the work. A pair longer than a row is rejected."""
+        found, books = list(rows), self._own[chunk.source]
+        texts = iter(self._tokenizer.encode_many([part.text for _, _, parts in found for part in parts]))
+        for index, digest, parts in found:
             encoded = ((part, next(texts)) for part in parts)
-            document = formats.document(encoded, self._tokenizer.end_of_text, digest, source)
-            self._own[source].used += 1
-            self._own[source].tokens_in += len(document.targets)
+            document = formats.document(encoded, self._tokenizer.end_of_text, digest, chunk.source)
+            if document.second and len(document.targets) > self._data.seq_len:
+                self._reject(chunk, index, "prompt", "with both answers is longer than data.seq_len tokens")
+                continue
+            books.used += 1
+            books.tokens_in += len(document.targets)
             yield document
 
 

@@ -68,6 +68,8 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
         ([USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "[" * 10_000}]}], Reason.CALL),
         ([USER, ANSWER | {"tool_calls": {"name": "f"}}], Reason.CALL),
         ([USER, ANSWER | {"tool_calls": [{"name": "\ud800"}]}], Reason.SURROGATE),
+        ([USER, ANSWER | {"tool_calls": [CALL | {"id": "\ud800"}]}], Reason.SURROGATE),
+        ([USER, ANSWER, {"role": "tool", "content": "3", "tool_call_id": "\0"}], Reason.NUL),
         ([USER], Reason.NO_ANSWER),
     ],
 )

@@ -4,16 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from magellano.data import formats
 from magellano.data.readers import contents
+from magellano.data.shards import Shards
 from magellano.data.template import END, MESSAGES, Template, Unfit
 from magellano.errors import InputError
 from magellano.names import DataFormat
 from magellano.profile import DataConfig
 from magellano.progress import silent
 from magellano.stages import tokenize
+from magellano.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -74,8 +77,78 @@ def test_tools_and_calls_reach_the_template() -> None:
     assert text == '[{"name": "add"}]<user>hi<assistant>[[add({"a": "<ü>"})]]<tool>3<assistant>[[hello]]$'
     with pytest.raises(Unfit, match="leaves nothing"):
         said(Template(LLAMA2.replace("{{ eos_token }}", ""), "t"), USER, call)
+    with pytest.raises(Unfit, match="tool call that the chat template leaves out"):
+        said(Template(CHATML, "t"), USER, call | {"content": "Wait."})
+    with pytest.raises(Unfit, match=r"has a tool that the chat template leaves out"):
+        said(Template(CHATML, "t"), USER, ANSWER, tools=[{"type": "function", "function": {"name": "add"}}])
+    text = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}{% endif %}{% endfor %}"
+    with pytest.raises(Unfit, match="a tool's answer that"):
+        said(Template(text, "t"), USER, call, {"role": "tool", "content": "3"}, ANSWER)
     with pytest.raises(Unfit, match="NUL"):
         said(template, USER, call | {"tool_calls": [{"name": END}]}, ANSWER)
+
+
+def test_calls_and_answers_have_their_ids() -> None:
+    template = Template(
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}#{{ c.id }}"
+        "{% endfor %}{% if m.role == 'tool' %}#{{ m.tool_call_id }}{{ m.name }}{% endif %}{% endfor %}",
+        "t",
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "x1", "function": {"name": "f"}}]}
+    told = {"role": "tool", "content": "3", "tool_call_id": "x1", "name": "f", "id": 7}
+    assert said(template, USER, call, told, ANSWER) == "hi[[f#x1]]3#x1f[[hello]]$"
+
+
+# As Qwen 2.5 has it: tools in the system's turn, several answers of tools in one user's turn.
+QWEN = (
+    "{%- if tools %}{{- '<|im_start|>system\n# Tools\n<tools>' }}{%- for tool in tools %}{{- '\n' }}"
+    "{{- tool | tojson }}{%- endfor %}{{- '\n</tools><|im_end|>\n' }}{%- endif %}{%- for message in messages %}"
+    "{%- if message.role == 'assistant' %}{{- '<|im_start|>assistant' }}"
+    "{%- if message.content %}{{- '\n' + message.content }}{%- endif %}{%- for tool_call in message.tool_calls %}"
+    "{%- if tool_call.function is defined %}{%- set tool_call = tool_call.function %}{%- endif %}"
+    '{{- \'\n<tool_call>\n{"name": "\' + tool_call.name + \'", "arguments": \' }}{{- tool_call.arguments | tojson }}'
+    "{{- '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}{%- elif message.role == 'tool' %}"
+    "{%- if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}"
+    "{{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_tool_calls_are_what_the_stage_trains_on(tmp_path: Path, template: bool) -> None:
+    """From the file to the masks of the shards: calls and answers of the assistant count, the rest does not."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    rows = [
+        {
+            "tools": [{"type": "function", "function": {"name": "add"}}],
+            "messages": [
+                USER | {"content": f"hi {n}"},
+                {"role": "assistant", "content": None, "tool_calls": [call, call]},
+                {"role": "tool", "tool_call_id": "1", "content": "<1>"}, {"role": "tool", "content": "<2>"}, ANSWER,
+            ],
+        }
+        for n in range(8)
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(config(tmp_path, chat_template=QWEN, eos_token="<|im_end|>")) if template else ""
+    data = DataConfig(format="chat", files=(str(tmp_path / "a.jsonl"),), template=path, seq_len=512, held_out=0.3)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert tokenize.run(out, data, 300, silent)["accounting"]["used"] == 8
+    split, tokenizer = Shards(out, "train"), Tokenizer(300)
+    row = split.batch([0])
+    size = int(np.flatnonzero(row.reset[0])[1])
+    shown = [("$" if t == 299 else tokenizer.decode([t])) for t in row.targets[0, :size].tolist()]
+    counted = "".join(c if w else "|" for c, w in zip(shown, row.weights[0, :size], strict=True))
+    calls = '{"name": "add", "arguments": {"a": 1}}'
+    wanted = [f"<tool_call>\n{calls}\n</tool_call>\n<tool_call>\n{calls}\n</tool_call>$", "hello$"]
+    assert [part for part in counted.split("|") if part] == (wanted if template else [f"{calls}\n{calls}$", "hello$"])
+    text = "".join(shown)
+    assert '{"type": "function", "function": {"name": "add"}}' in text
+    assert ("<tool_response>\n<1>\n</tool_response>\n<tool_response>\n<2>" in text) is template
+    assert ("### Tool:\n<1>\n\n### Tool:\n<2>\n\n" in text) is not template
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,10 @@ import pytest
 from magellano import cli, export, generate, merge
 from magellano.backend import mx
 from magellano.data import formats
+from magellano.data.shapes import conversation
+from magellano.data.template import END, Template
 from magellano.model import MagellanoLM, seeded
+from magellano.names import DataFormat
 from magellano.profile import LoraConfig, ModelConfig
 from magellano.tokenizer import Tokenizer
 from tests import models
@@ -147,17 +150,55 @@ def test_the_tokenizer_is_ours(size: int, tmp_path: Path):
     assert len(theirs) == size
 
 
-def test_the_chat_template_is_that_of_training(pair: Pair):
-    messages = [
+CALLS = [
+    {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": "<é'\">", "b": [1, None]}}},
+    {"type": "function", "function": {"name": "now", "arguments": {}}},
+]
+TALKS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
+    "talk": ([
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\nthere"},
         {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "More"},
-    ]  # fmt: skip
+    ], None),
+    "tools": ([
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": CALLS},
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+        {"role": "assistant", "content": "So:", "tool_calls": CALLS[1:]}, {"role": "tool", "content": "4"},
+    ], [{"type": "function", "function": {"name": "add", "parameters": {"a": "ü"}}}, {"name": "now"}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_the_chat_template_is_that_of_training(pair: Pair, name: str):
+    messages, tools = TALKS[name]
     ids = [TOKENIZER.end_of_text]
-    for part in formats.chat(messages):
+    for part in formats.segments({"messages": messages, "tools": tools}, DataFormat.CHAT):
         ids += TOKENIZER.encode(part.text) + ([TOKENIZER.end_of_text] if part.ends else [])
     ids += TOKENIZER.encode(formats.header(formats.Role.ASSISTANT))
-    text = pair[2].apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = pair[2].apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
     assert pair[2].encode(text, add_special_tokens=False) == ids
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", None])
+def test_a_template_of_the_data_renders_what_was_trained(eos: str | None, tmp_path: Path):
+    source = (
+        "  {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token + '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, "eos_token": eos}))
+    trained_with = Template.read(tmp_path / "tokenizer_config.json")
+    export.mlx_lm(tmp_path / "m", MagellanoLM(CONFIG, seeded(3)), TOKENIZER, "float32", True, trained_with)
+    _, tokenizer = mlx_lm.load(str(tmp_path / "m"), trust_remote_code=True)
+    messages = [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "More"},
+    ]  # fmt: skip
+    prompt = trained_with.prompt(conversation({"messages": messages}, DataFormat.CHAT))
+    ids = [TOKENIZER.end_of_text]
+    *ended, rest = prompt.split(END)
+    ids += [token for piece in ended for token in (*TOKENIZER.encode(piece), TOKENIZER.end_of_text)]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.encode(text, add_special_tokens=False) == ids + TOKENIZER.encode(rest)
+    assert len(ended) == (3 if eos else 0)
 
 
 def command(*argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
