@@ -172,6 +172,8 @@ def test_profiles_in_which_data_and_objective_disagree_are_refused() -> None:
             profile(**{key: both[key]})
     with pytest.raises(InputError, match="has no effect"):
         profile(**both, **{"loss.kind": "renyi"})
+    with pytest.raises(InputError, match="starts away from the base"):
+        profile(**both, **{"lora.init": "loftq"})
     with pytest.raises(InputError, match="a base cannot be trained on preferences"):
         profile(**{"pretrain.train.objective": "dpo"})
     sources = [{"name": n, "files": [n], "format": n} for n in ("preference", "text")]

@@ -22,24 +22,38 @@ def arrays(*shapes: tuple[int, ...]) -> list[mx.array]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapter", [None, "lora", "dora"])
 @pytest.mark.parametrize("hidden", list(ACT))
-def test_a_mixture_of_them(hidden: Hidden, adapted: bool, padded: bool):
+def test_a_mixture_of_them(hidden: Hidden, adapter: str | None, padded: bool):
     u, logits, w1, w2, dy = arrays((M, D), (M, E), (E, 2 * F, D), (E, D, F), (M, D))
-    a1, b1, a2, b2 = arrays((E, R, D), (E, 2 * F, R), (E, R, F), (E, D, R))
+    low = arrays((E, R, D), (E, 2 * F, R), (E, 2 * F, 1), (E, R, F), (E, D, R), (E, D, 1))
     routing = route(logits, K)
     at = places(routing, Room.whole(E, M) if padded else None)
-    free = [a1, b1, a2, b2] if adapted else [w1, w2]
+    free = [w1, w2] if adapter is None else low if adapter == "dora" else [low[0], low[1], low[3], low[4]]
+
+    def both(free: tuple[mx.array, ...]) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+        return free[: len(free) // 2], free[len(free) // 2 :]
+
+    def layer(w: mx.array, given: tuple[mx.array, ...]) -> Layer:
+        if adapter is None:
+            return Layer(*given)
+        more = {"m": given[2], "squares": w.square().sum(axis=-1)} if adapter == "dora" else {}
+        return Layer(w, *given[:2], 0.5, **more)
+
+    def formula(w: mx.array, given: tuple[mx.array, ...]) -> mx.array:
+        if adapter is None:
+            return given[0]
+        whole = w + 0.5 * given[1] @ given[0]
+        if adapter == "lora":
+            return whole
+        return given[2] * whole / mx.sqrt(mx.stop_gradient(whole).square().sum(axis=-1, keepdims=True))
 
     def ours(u: mx.array, gate: mx.array, *free: mx.array) -> mx.array:
-        if adapted:
-            layers = Layer(w1, *free[:2], 0.5), Layer(w2, *free[2:], 0.5)
-        else:
-            layers = Layer(free[0]), Layer(free[1])
+        layers = map(layer, (w1, w2), both(free))
         return (feed_forward(u, gate, at, *layers, hidden=hidden) * dy).sum()
 
     def theirs(u: mx.array, gate: mx.array, *free: mx.array) -> mx.array:
-        first, second = (w1 + 0.5 * free[1] @ free[0], w2 + 0.5 * free[3] @ free[2]) if adapted else free
+        first, second = map(formula, (w1, w2), both(free))
         h = mx.einsum("exd,md->mex", first, u)
         y = mx.einsum("edf,mef->med", second, ACT[hidden](h[..., :F]) * h[..., F:])
         chosen = mx.take_along_axis(y, routing.expert_Mk[..., None], axis=1)
