@@ -4,14 +4,13 @@
     home/site/<part>.log    what it printed
     home/site/prefect       the server's database
 
-Nothing here knows Prefect: it starts `python -m tasks.<...>` and `python -m prefect`.
+Nothing here knows Prefect: it starts `python -m tasks.<...>` and `python -m magellano.keeper`.
 """
 
 import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ PORT = 4200
 POOL = "gpu"
 LOG_BYTES = 16 << 20  # a longer log begins anew, the former is kept as .log.1
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+LOOK_S, RESTARTS = 10.0, 3
 START_S, STOP_S = 240.0, 60.0  # a cold machine of two cores makes the database for a minute
 
 
@@ -103,12 +103,24 @@ def server_environment(api: str) -> dict[str, str]:
 
 
 def command(part: Part, pool: str) -> list[str]:
-    """How a part is started. One run at a time: a worker's limit dies with it, a pool's would be held by a dead run."""
-    if part is Part.SERVER:
-        return [sys.executable, "-m", "tasks.serve"]
-    name = f"{socket.gethostname().split('.')[0]}-{pool}"
-    worker = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "1", "--name", name]
-    return [sys.executable, "-m", "prefect", *worker]
+    """How a part is started. The worker comes with what looks after its runs, see magellano/keeper.py."""
+    return [sys.executable, "-m", *(["tasks.serve"] if part is Part.SERVER else ["magellano.keeper", pool])]
+
+
+def look_every() -> float:
+    """Seconds between two looks for runs that died: MAGELLANO_LOOK_S. InputError where that is no such number."""
+    text = os.environ.get("MAGELLANO_LOOK_S", str(LOOK_S))
+    if not text.replace(".", "", 1).isdigit() or not 0 < float(text) <= 3600:
+        raise InputError(f"MAGELLANO_LOOK_S={text}: not seconds up to 3600; give a number, or unset it for {LOOK_S:g}")
+    return float(text)
+
+
+def restarts() -> int:
+    """How often a run that crashed is started again by itself: MAGELLANO_RESTARTS; 0: never. InputError likewise."""
+    text = os.environ.get("MAGELLANO_RESTARTS", str(RESTARTS))
+    if not text.isdigit() or int(text) > 100:
+        raise InputError(f"MAGELLANO_RESTARTS={text}: not a number up to 100; give one, or unset it for {RESTARTS}")
+    return int(text)
 
 
 def start(part: Part, api: str, pool: str = POOL) -> int:

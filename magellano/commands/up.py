@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         started.append("server")
     said: list[str] = []
     if site.Part.WORKER in parts:
+        site.look_every(), site.restarts()  # what its processes would otherwise fail on, one after the other
         if started or site.running(site.Part.SERVER):
             site.wait_healthy(api)
         elif not site.healthy(api):

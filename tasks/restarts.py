@@ -1,0 +1,136 @@
+"""`python -m tasks.restarts POOL`: looks after the runs of this machine until it ends; magellano/keeper.py starts it.
+
+A run of a deployment that crashed is put back into its queue, MAGELLANO_RESTARTS times at most, and goes on from its
+finished stages and its last checkpoint: its process was killed, or the worker with it, or the power went. That the
+process is gone is known from a lock that it held (tasks/presence.py), never guessed from silence. A run that failed,
+was cancelled or lives is left alone. The count stands on the run as its tag `restart N of M`.
+
+A run that lost its worker and is cancelled gets SIGTERM from here, for nobody else would tell it.
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import AwaitingRetry, Cancelled, Crashed
+from prefect.types._datetime import now
+
+from magellano import artifacts, site
+from tasks import presence
+
+log = logging.getLogger("magellano.tasks")
+
+TAG = re.compile(r"restart (\d+) of \d+")
+DEAF_S, DEAD_S = 20.0, 60.0  # a cancelled run that lives gets SIGTERM, then SIGKILL; of its worker after 2 s and 32 s
+FINAL = "Retry goes on from what is finished"
+
+_told: set[tuple[int, int]] = set()
+
+
+def main(pool: str) -> None:
+    """Look, and wait, for ever. A server that does not answer is told of once."""
+    every, trouble = site.look_every(), ""
+    while True:
+        try:
+            with get_client(sync_client=True) as client:
+                while True:
+                    look(client, pool, site.restarts())
+                    if trouble:
+                        log.warning("looking after the runs again")
+                    trouble = ""
+                    time.sleep(every)
+        except Exception as e:  # whatever the server answers: the next look may succeed
+            if (said := f"{type(e).__name__}: {e}") != trouble:
+                log.warning("cannot look after the runs now (%s)", said)
+            trouble = said
+            time.sleep(every)
+
+
+def look(client: SyncPrefectClient, pool: str, limit: int) -> None:
+    """Settle what died on this machine, start again what crashed, end what was cancelled and was not told."""
+    folder = artifacts.private_folder(artifacts.home() / "runs")
+    presence.settle_dead_runs(client, folder, lambda client, run: restart(client, run, limit))
+    for run in _crashed_before_they_began(client, pool):
+        restart(client, run, limit)
+    for flow_run, process in presence.living(folder):
+        _tell(client, flow_run, process)
+
+
+def restart(client: SyncPrefectClient, run: FlowRun, limit: int) -> bool:
+    """Put a crashed run back into its queue, unless that was done `limit` times. Whether nothing is left to do."""
+    assert run.state
+    told = run.state.message or "no reason is known"
+    if _was_cancelled(client, run):
+        client.set_flow_run_state(run.id, Cancelled(message=f"cancelled; then: {told}"), force=True)
+        return True
+    done = next((int(m[1]) for tag in run.tags if (m := TAG.fullmatch(tag))), 0)
+    if done >= limit:
+        if limit and not told.endswith(FINAL):
+            ended: State[Any] = Crashed(message=f"{told}; it was started again {done} times, so not again: {FINAL}")
+            client.set_flow_run_state(run.id, ended, force=True)
+            log.warning("run %s crashed and was started again %d times: it stays crashed", run.name, done)
+        return True
+    which = f"restart {done + 1} of {limit}"
+    client.update_flow_run(run.id, tags=[*(t for t in run.tags if not TAG.fullmatch(t)), which])
+    # Not forced: where somebody was faster (a retry by hand), Prefect refuses.
+    client.set_flow_run_state(run.id, AwaitingRetry(message=f"{which}, from what is finished; {told}"))
+    log.warning("run %s crashed (%s): %s", run.name, told, which)
+    return False
+
+
+def _was_cancelled(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether the attempt that crashed was being cancelled: then its user does not want it back."""
+    for state in sorted(client.read_flow_run_states(run.id), key=lambda s: s.timestamp, reverse=True):
+        if state.type in (StateType.CANCELLING, StateType.CANCELLED):
+            return True
+        if state.type is not StateType.CRASHED:
+            return False
+    return False
+
+
+def _crashed_before_they_began(client: SyncPrefectClient, pool: str) -> list[FlowRun]:
+    """Those whose process ended before it could leave a record, as its worker said."""
+    crashed = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])))
+    mine = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+    newest = client.read_flow_runs(
+        flow_run_filter=crashed, work_pool_filter=mine, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=20
+    )
+    return [
+        run for run in newest
+        if not run.run_count and run.deployment_id and run.state and now("UTC") - run.state.timestamp < presence.FRESH
+    ]  # fmt: skip
+
+
+def _tell(client: SyncPrefectClient, flow_run: Any, process: int) -> None:
+    try:
+        run = client.read_flow_run(flow_run)
+    except ObjectNotFound:
+        return
+    if not run.state or not run.state.is_cancelling():
+        return
+    age = (now("UTC") - run.state.timestamp).total_seconds()
+    if age > DEAD_S:
+        os.kill(process, signal.SIGKILL)
+    elif age > DEAF_S and (process, run.run_count) not in _told:
+        log.warning("run %s is cancelled and goes on: telling its process %d", run.name, process)
+        _told.add((process, run.run_count))
+        os.kill(process, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
