@@ -16,6 +16,7 @@ HEAVY = {
     "pandas": "magellano/data",
     "pandera": "magellano/data",
     "matplotlib": "magellano/report.py",
+    "tensorboardX": "magellano/tensorboard.py",
 }
 
 
