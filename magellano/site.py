@@ -3,6 +3,7 @@
     home/site/<part>.json   pid, URL and pool; its process holds (flock) the file as long as it lives
     home/site/<part>.log    what it printed
     home/site/prefect       the server's database
+    home/site/profiles.toml its address while it runs, for Prefect's own command line (prefect.toml names the file)
 
 Nothing here knows Prefect: it starts `python -m tasks.<...>` and `python -m magellano.keeper`.
 """
@@ -27,6 +28,7 @@ from magellano.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 4200
 POOL = "gpu"
+PROFILES = "profiles.toml"
 LOG_BYTES = 16 << 20  # a longer log begins anew, the former is kept as .log.1
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 LOOK_S, RESTARTS = 10.0, 3
@@ -151,6 +153,17 @@ def become(part: Part, api: str, pool: str = POOL) -> NoReturn:
     os.execve(sys.executable, command(part, pool), _environment(part, api))
 
 
+def tell_prefect(api: str) -> None:
+    """Let `prefect`, typed in the folder that the home is in, use this home's server."""
+    text = f'active = "magellano"\n\n[profiles.magellano]\nPREFECT_API_URL = {json.dumps(api)}\n'
+    durable.write_text(folder() / PROFILES, text)
+
+
+def prefect_knows() -> bool:
+    """Whether `prefect`, typed in the checkout, uses this home's server."""
+    return folder() == ROOT / ".magellano" / "site" and (folder() / PROFILES).exists()
+
+
 def stop(part: Part) -> bool:
     """End a part by SIGTERM, after STOP_S by SIGKILL. Whether there was one."""
     found = running(part)
@@ -162,6 +175,8 @@ def stop(part: Part) -> bool:
         if time.monotonic() > deadline:
             os.kill(found["pid"], signal.SIGKILL)
         time.sleep(0.2)
+    if part is Part.SERVER:
+        (folder() / PROFILES).unlink(missing_ok=True)
     return True
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,20 @@ def test_commands_work_as_typed_where_the_server_is_up(up: Up, api: SyncPrefectC
     run = next(r for r in api.read_flow_runs() if r.deployment_id is None)
     assert run.state
     assert run.state.is_completed()
+
+
+def test_prefect_s_own_command_line_works_as_typed(up: Up, api: SyncPrefectClient, tmp_path: Path) -> None:
+    """In the folder of prefect.toml and of the home, with nothing set."""
+    shutil.copy(ROOT / "prefect.toml", tmp_path)
+    (tmp_path / ".magellano").symlink_to(up.home)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"HOME": str(tmp_path)}
+    later = ["deployment", "run", "train/production3b", "--start-in", "1 hour"]
+    command = [sys.executable, "-m", "prefect", *later]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (r for r in api.read_flow_runs() if str(r.id) in done.stdout)
+    assert run.parameters["profile"] == "production3b"
+    api.delete_flow_run(run.id)
 
 
 def test_a_run_whose_stages_are_all_there_asks_the_server_little(up: Up) -> None:
