@@ -5,7 +5,8 @@ finished stages and its last checkpoint: its process was killed, or the worker w
 process is gone is known from a lock that it held (tasks/presence.py), never guessed from silence. A run that failed,
 was cancelled or lives is left alone. The count stands on the run as its tag `restart N of M`.
 
-A run that lost its worker and is cancelled gets SIGTERM from here, for nobody else would tell it.
+A run that lost its worker and is cancelled gets SIGTERM from here, for nobody else would tell it. Once a day the pages
+of old runs go (tasks/prune.py).
 """
 
 import logging
@@ -30,13 +31,14 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.types._datetime import now
 
-from magellano import artifacts, site
-from tasks import presence
+from magellano import artifacts, history, site
+from tasks import presence, prune
 
 log = logging.getLogger("magellano.tasks")
 
 TAG = re.compile(r"restart (\d+) of \d+")
 DEAF_S, DEAD_S = 20.0, 60.0  # a cancelled run that lives gets SIGTERM, then SIGKILL; of its worker after 2 s and 32 s
+DAY_S = 86400.0
 FINAL = "Retry goes on from what is finished"
 
 _told: set[tuple[int, int]] = set()
@@ -44,7 +46,7 @@ _told: set[tuple[int, int]] = set()
 
 def main(pool: str) -> None:
     """Look, and wait, for ever. A server that does not answer is told of once."""
-    every, trouble = site.look_every(), ""
+    every, trouble, prune_at = site.look_every(), "", time.monotonic()
     while True:
         try:
             with get_client(sync_client=True) as client:
@@ -53,6 +55,10 @@ def main(pool: str) -> None:
                     if trouble:
                         log.warning("looking after the runs again")
                     trouble = ""
+                    if (days := history.keep_days()) and time.monotonic() >= prune_at:
+                        prune_at = time.monotonic() + DAY_S
+                        if count := prune.prune(client, days, history.KEEP, really=True):
+                            log.warning("the pages of %d runs that ended over %g days ago are gone", count, days)
                     time.sleep(every)
         except Exception as e:  # whatever the server answers: the next look may succeed
             if (said := f"{type(e).__name__}: {e}") != trouble:

@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from magellano import site
+    from magellano import history, site
     from magellano.errors import InputError
 
     api, parts = site.url(), [site.Part(args.only)] if args.only else list(site.Part)
@@ -48,7 +48,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             started.append("server")
     said: list[str] = []
     if site.Part.WORKER in parts:
-        site.look_every(), site.restarts()  # what its processes would otherwise fail on, one after the other
+        (
+            site.look_every(),
+            site.restarts(),
+            history.keep_days(),
+        )  # what its processes would otherwise fail on, one after the other
         if started or site.running(site.Part.SERVER):
             site.wait_healthy(api)
         elif not site.healthy(api):

@@ -9,9 +9,12 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.exceptions import ObjectNotFound
 
 from magellano import site
 from magellano.names import Stage
@@ -86,6 +89,31 @@ def test_a_run_whose_stages_are_all_there_asks_the_server_little(up: Up) -> None
     facts = json.loads(done.stdout)
     assert (facts["server"], facts["stages"], facts["built"]) == (up.url, 8, [])
     assert 8 < facts["calls"] <= 14 + 2 * facts["stages"], facts
+
+
+def test_old_runs_pages_go_and_the_rest_stays(up: Up, api: SyncPrefectClient) -> None:
+    while len(list((up.home / "runs").glob("[0-9]*/run.json"))) < 2:  # where this test runs alone
+        up.magellano("train", "demo", *[f"--set={k}={v}" for k, v in SHORT.items()])
+    records = sorted((up.home / "runs").glob("[0-9]*/run.json"), key=lambda p: int(p.parent.name))
+    facts = [json.loads(p.read_text()) for p in records]
+    train = [i for i, f in enumerate(facts) if f["flow"] == "train" and api.read_flow_run(UUID(f["flow_run"]))]
+    for i in train:  # all of them long ago
+        records[i].write_text(json.dumps(facts[i] | {"ended": "2020-01-01T00:00:00+00:00"}))
+    old, last = [UUID(facts[i]["flow_run"]) for i in train[:-1]], UUID(facts[train[-1]]["flow_run"])
+    assert old
+    listed = json.loads(up.magellano("gc", "--keep", "1", "--json"))
+    assert (listed["pages"], listed["removed"]) == (len(old), False)
+    assert api.read_flow_run(old[0]).id == old[0], "only listed"
+    pictures = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=old))
+    assert api.read_artifacts(artifact_filter=pictures)
+    assert json.loads(up.magellano("gc", "--keep", "1", "--yes", "--json"))["pages"] == len(old)
+    assert api.read_artifacts(artifact_filter=pictures) == []
+    for run in old:
+        with pytest.raises(ObjectNotFound):
+            api.read_flow_run(run)
+    kept = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[last]))
+    assert len(api.read_artifacts(artifact_filter=kept)) > 8
+    assert all(p.exists() for p in records), "our own books stay"
 
 
 def test_a_schedule_keeps_its_owner_s_word_over_an_up(up: Up, api: SyncPrefectClient) -> None:
