@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-HELP = "what may go from the home, and old runs' pages from its server: nothing promoted, of the last runs, or needed"
+HELP = "what may go from the home, and old pages from its server: nothing promoted, recent or needed; --yes removes it"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
