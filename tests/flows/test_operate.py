@@ -15,6 +15,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
 
 from magellano import site
 from magellano.names import Stage
@@ -127,7 +128,7 @@ def test_a_schedule_keeps_its_owner_s_word_over_an_up(up: Up, api: SyncPrefectCl
 
 def test_down_saves_what_runs_and_up_goes_on(up: Up, api: SyncPrefectClient) -> None:
     deployment = api.read_deployment_by_name("stages/train")
-    given = {"overrides": SHORT | {"train.steps": 90_000, "train.checkpoint_every": 90_000}}
+    given = {"overrides": SHORT | {"train.steps": 90_000, "train.checkpoint_every": 90_000, "train.log_every": 1}}
     run = api.create_flow_run_from_deployment(deployment.id, parameters=given)
     work = up.home / "work" / Stage.TRAIN
     before = set(work.glob("*"))
@@ -142,10 +143,34 @@ def test_down_saves_what_runs_and_up_goes_on(up: Up, api: SyncPrefectClient) -> 
     state = api.read_flow_run(run.id).state
     assert state
     assert state.name == "Cancelled"
-    assert max(int(p.name.removeprefix("step-")) for p in folder.glob("step-*")) > 0, "saved where it stood"
+    assert steps(folder) > 0, "saved where it stood"
     assert api.read_work_pool("gpu").is_paused
     assert "started: worker" in up.magellano("up")
     assert not api.read_work_pool("gpu").is_paused
+
+    # What was cancelled stays so until its user wants it back, and then goes on from the step that it was saved at.
+    saved = steps(folder)
+    assert last(folder) == saved, "it ended within a step"
+    assert api.read_flow_run(run.id).run_count == 1
+    retry = [sys.executable, "-m", "prefect", "flow-run", "retry", str(run.id)]
+    subprocess.run(retry, cwd=ROOT, env=up.env | {"PREFECT_API_URL": up.url}, check=True, timeout=120)
+    wait("a step more", lambda: last(folder) > saved, 120)
+    api.set_flow_run_state(run.id, Cancelling())
+    wait("its end", lambda: (s := api.read_flow_run(run.id).state) and s.name == "Cancelled", 60)
+    assert steps(folder) == last(folder) > saved
+    logged = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "lr" in line]
+    assert logged == sorted(set(logged)), "no step twice"
+    assert logged[0] == 1
+
+
+def steps(folder: Path) -> int:
+    """The last step that was saved."""
+    return max(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
+
+
+def last(folder: Path) -> int:
+    """The last step that was logged, where each is."""
+    return max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 def test_a_stranger_s_server_is_not_taken_for_ours(up: Up, tmp_path: Path) -> None:
