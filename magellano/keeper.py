@@ -6,11 +6,12 @@ the worker is killed.
 """
 
 import signal
-import socket
 import subprocess
 import sys
 import time
 from types import FrameType
+
+from magellano import site
 
 STEADY_S = 60.0  # who lived so long is started again at once
 LONGEST_S = 30.0  # between two starts
@@ -71,8 +72,7 @@ def main(pool: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     # One run at a time: a worker's limit dies with it, a pool's would be held by a dead run.
-    name = f"{socket.gethostname().split('.')[0]}-{pool}"
-    worker = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "1", "--name", name]
+    worker = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "1", "--name", site.worker_name(pool)]
     kept = [Kept("prefect", *worker), Kept("tasks.restarts", pool)]
     try:
         while True:

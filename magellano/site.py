@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -107,6 +108,11 @@ def server_environment(api: str) -> dict[str, str]:
 def command(part: Part, pool: str) -> list[str]:
     """How a part is started. The worker comes with what looks after its runs, see magellano/keeper.py."""
     return [sys.executable, "-m", *(["tasks.serve"] if part is Part.SERVER else ["magellano.keeper", pool])]
+
+
+def worker_name(pool: str) -> str:
+    """Under which this machine's worker of a pool is known."""
+    return f"{socket.gethostname().split('.')[0]}-{pool}"
 
 
 def look_every() -> float:

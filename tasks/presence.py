@@ -148,7 +148,7 @@ def _settled(
     if run.run_count != facts["attempt"] or run.state is None:
         return False  # another process has taken it up and is about to say so
     if run.state.type in ALIVE:
-        run.state = _mark(client, run)
+        run.state = mark(client, run)
     if run.deployment_id is None:
         return True
     if not run.state.is_crashed():
@@ -156,7 +156,7 @@ def _settled(
     return now("UTC") - run.state.timestamp > FRESH or (crashed is not None and crashed(client, run))
 
 
-def _mark(client: SyncPrefectClient, run: FlowRun) -> State[Any]:
+def mark(client: SyncPrefectClient, run: FlowRun) -> State[Any]:
     """Enter that the run's process is gone."""
     assert run.state
     if run.state.is_cancelling():

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -38,6 +39,7 @@ log = logging.getLogger("magellano.tasks")
 
 TAG = re.compile(r"restart (\d+) of \d+")
 DEAF_S, DEAD_S = 20.0, 60.0  # a cancelled run that lives gets SIGTERM, then SIGKILL; of its worker after 2 s and 32 s
+LOST_S = 60.0  # that a worker has to start a run's process in
 DAY_S = 86400.0
 FINAL = "Retry goes on from what is finished"
 
@@ -71,6 +73,8 @@ def look(client: SyncPrefectClient, pool: str, limit: int) -> None:
     """Settle what died on this machine, start again what crashed, end what was cancelled and was not told."""
     folder = artifacts.private_folder(artifacts.home() / "runs")
     presence.settle_dead_runs(client, folder, lambda client, run: restart(client, run, limit))
+    for run in _lost_before_they_began(client, pool, folder):
+        presence.mark(client, run)
     for run in _crashed_before_they_began(client, pool):
         restart(client, run, limit)
     for flow_run, process in presence.living(folder):
@@ -120,6 +124,37 @@ def _crashed_before_they_began(client: SyncPrefectClient, pool: str) -> list[Flo
         run for run in newest
         if not run.run_count and run.deployment_id and run.state and now("UTC") - run.state.timestamp < presence.FRESH
     ]  # fmt: skip
+
+
+def _lost_before_they_began(client: SyncPrefectClient, pool: str, folder: Path) -> list[FlowRun]:
+    """Those that a worker took up for over LOST_S and that no process of this machine belongs to: the power went while
+    they were being started. Only where no other machine has a worker of the pool, and the system tells (/proc).
+    """
+    pending = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING])))
+    mine = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+    found = [
+        run
+        for run in client.read_flow_runs(flow_run_filter=pending, work_pool_filter=mine, limit=20)
+        if run.deployment_id and run.state and (now("UTC") - run.state.timestamp).total_seconds() > LOST_S
+    ]
+    if not found or not Path("/proc/self").exists():
+        return []
+    if {worker.name for worker in client.read_workers_for_work_pool(pool)} != {site.worker_name(pool)}:
+        return []
+    alive = _flow_runs_of_processes()
+    return [run for run in found if str(run.id) not in alive and not presence.held(folder / f"{run.id}.json")]
+
+
+def _flow_runs_of_processes() -> set[str]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = path.read_bytes().split(b"\0")
+        except OSError:  # another user's, or it ended
+            continue
+        mark = b"PREFECT__FLOW_RUN_ID="
+        found |= {v.removeprefix(mark).decode(errors="replace") for v in variables if v.startswith(mark)}
+    return found
 
 
 def _tell(client: SyncPrefectClient, flow_run: Any, process: int) -> None:

@@ -46,13 +46,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if not there:
             site.start(site.Part.SERVER, api)
             started.append("server")
+            site.wait_healthy(api)  # whatever is typed next finds it
     said: list[str] = []
     if site.Part.WORKER in parts:
-        (
-            site.look_every(),
-            site.restarts(),
-            history.keep_days(),
-        )  # what its processes would otherwise fail on, one after the other
+        for setting in (site.look_every, site.restarts, history.keep_days):
+            setting()  # a mistake in one is told here, not in a log
         if started or site.running(site.Part.SERVER):
             site.wait_healthy(api)
         elif not site.healthy(api):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running
 from prefect.types._datetime import now
 
+from magellano import site
 from tasks import presence, restarts
 from tests.tasks.test_presence import record
 
@@ -23,6 +25,7 @@ class Client:
         for age, state in enumerate(reversed(states)):
             state.timestamp = now("UTC") - timedelta(seconds=age)
         self.states, self.set, self.tags = list(states), list[str](), list(tags)
+        self.workers = [site.worker_name("gpu")]
         self.run = SimpleNamespace(
             id=uuid4(), name="train demo", state=states[-1], run_count=attempt, tags=self.tags,
             deployment_id=deployment or uuid4(),
@@ -31,8 +34,11 @@ class Client:
     def read_flow_run(self, run: UUID) -> Any:
         return self.run
 
-    def read_flow_runs(self, **filters: Any) -> list[Any]:
-        return [self.run] if self.run.state.is_crashed() else []
+    def read_flow_runs(self, flow_run_filter: Any, **more: Any) -> list[Any]:
+        return [self.run] if self.run.state.type in flow_run_filter.state.type.any_ else []
+
+    def read_workers_for_work_pool(self, pool: str) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in self.workers]
 
     def read_flow_run_states(self, run: UUID) -> list[Any]:
         return self.states
@@ -152,3 +158,23 @@ def test_a_cancelled_run_that_goes_on_is_told_once_and_then_killed(
         look(client)
     assert sent == [(os.getpid(), signal.SIGTERM), (os.getpid(), signal.SIGKILL)]
     os.close(held)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are told by /proc")
+def test_a_run_that_died_while_it_was_started_is_started_again(folder: Path) -> None:
+    client = Client(Pending(), attempt=0)
+    look(client)
+    assert client.set == [], "its worker may be about to start it"
+    client.run.state.timestamp = now("UTC") - timedelta(seconds=restarts.LOST_S + 1)
+    client.workers.append("another")
+    look(client)
+    assert client.set == [], "another machine may have it"
+    client.workers.pop()
+    starting = subprocess.Popen(["sleep", "60"], env={**os.environ, "PREFECT__FLOW_RUN_ID": str(client.run.id)})
+    look(client)
+    assert client.set == [], "it is being started"
+    starting.kill()
+    starting.wait()
+    look(client)
+    assert [s.split(":")[0] for s in client.set] == ["Crashed", "AwaitingRetry"]
+    assert client.run.tags == ["restart 1 of 3"]
