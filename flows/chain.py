@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 
 from flows import names
 from magellano import gate as gates
-from magellano import gc, ledger, lineage, nightly, notify, pipeline
+from magellano import gc, ledger, lineage, nightly, notify, pipeline, tensorboard
 from magellano.artifacts import ArtifactRef
 from magellano.errors import InputError
 from magellano.names import BaseSource, Decision, RunState, Stage
@@ -51,6 +51,7 @@ class Chain:
         terminal.show_logs()
         presence.announce()
         self.profile: Profile = load_profile(profile, overrides)
+        tensorboard.check(self.profile)
         self._asked = {"profile": profile, "overrides": overrides, "rerun": [str(stage) for stage in rerun]}
         self._again = pipeline.with_dependents(rerun)
         self._done: list[Done] = []

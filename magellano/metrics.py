@@ -3,10 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROLLBACK = "rollback"
 
@@ -40,13 +40,21 @@ class PairMetrics(Metrics):
     reward_rejected: float = math.nan
 
 
+class Mirror(Protocol):
+    """Something that shows the same lines elsewhere, see magellano/tensorboard.py."""
+
+    def begin(self, lines: Iterable[dict[str, Any]]) -> None: ...
+
+    def add(self, line: dict[str, Any]) -> None: ...
+
+
 class MetricsFile:
     """metrics.jsonl in the work folder. A training that goes back to an earlier step takes its later lines back, so
     that none stands twice; only rollbacks that the training remembers stay.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, mirror: Mirror | None = None):
+        self.path, self._mirror = path, mirror
 
     def rewind(self, step: int, rollbacks: Sequence[dict[str, Any]]) -> None:
         """Keep the lines up to `step` and those of `rollbacks`, each of which then has one; whole or not at all."""
@@ -60,6 +68,8 @@ class MetricsFile:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(self.path)
+        if self._mirror is not None:
+            self._mirror.begin(kept)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -75,6 +85,8 @@ class MetricsFile:
         finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
         with open(self.path, "a", encoding="utf-8", opener=_private) as f:
             f.write(json.dumps(finite) + "\n")
+        if self._mirror is not None:
+            self._mirror.add(finite)
 
 
 def _of(rollback: dict[str, Any]) -> dict[str, Any]:

@@ -22,18 +22,16 @@ from magellano.names import (
     Compute,
     DataFormat,
     DataRender,
-    Event,
     LoraTarget,
     LossKind,
     Recompute,
     StateDtype,
 )
+from magellano.operating import DiskConfig, LoggingConfig, NotifyConfig
 from magellano.section import Fraction, NonNegative, Positive, Section
 from magellano.shape import ModelConfig
 
 PROFILES = Path(__file__).resolve().parent.parent / "profiles"
-
-Told = Annotated[Event, Field(strict=False)]  # TOML and JSON give strings
 
 
 class BaseConfig(Section):
@@ -176,19 +174,6 @@ class GateConfig(Section):
     max_tokens: Annotated[int, Field(ge=0)] = 0  # of the fixed held-out set; 0: all
 
 
-class DiskConfig(Section):
-    """What everything under $MAGELLANO_HOME may take. 0: no limit but the disk's."""
-
-    budget_gib: NonNegative = 0.0  # after a run, what `magellano gc` may remove goes, oldest first, until it fits
-
-
-class NotifyConfig(Section):
-    """A command of the owner's that is told how a run ended; see magellano/notify.py. No part of any artifact."""
-
-    command: tuple[str, ...] = Field(default=(), strict=False)  # program and arguments, no shell; empty: none
-    on: tuple[Told, ...] = Field(default=(Event.FAILURE, Event.PROMOTION), strict=False)
-
-
 class PretrainConfig(Section):
     """Full-parameter training of a base, so that the adapter has something real to stand on."""
 
@@ -213,6 +198,7 @@ class Profile(Section):
     gate: GateConfig = GateConfig()
     disk: DiskConfig = DiskConfig()
     notify: NotifyConfig = NotifyConfig()
+    logging: LoggingConfig = LoggingConfig()
     pretrain: PretrainConfig | None = None
 
     @model_validator(mode="after")

@@ -3,8 +3,9 @@
     home/site/<part>.json   pid, URL and pool; its process holds (flock) the file as long as it lives
     home/site/<part>.log    what it printed
     home/site/prefect       the server's database
+    home/site/profiles.toml its address while it runs, for Prefect's own command line (prefect.toml names the file)
 
-Nothing here knows Prefect: it starts `python -m tasks.<...>` and `python -m prefect`.
+Nothing here knows Prefect: it starts `python -m tasks.<...>` and `python -m magellano.keeper`.
 """
 
 import fcntl
@@ -28,8 +29,10 @@ from magellano.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 4200
 POOL = "gpu"
+PROFILES = "profiles.toml"
 LOG_BYTES = 16 << 20  # a longer log begins anew, the former is kept as .log.1
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+LOOK_S, RESTARTS = 10.0, 3
 START_S, STOP_S = 240.0, 60.0  # a cold machine of two cores makes the database for a minute
 
 
@@ -103,12 +106,29 @@ def server_environment(api: str) -> dict[str, str]:
 
 
 def command(part: Part, pool: str) -> list[str]:
-    """How a part is started. One run at a time: a worker's limit dies with it, a pool's would be held by a dead run."""
-    if part is Part.SERVER:
-        return [sys.executable, "-m", "tasks.serve"]
-    name = f"{socket.gethostname().split('.')[0]}-{pool}"
-    worker = ["worker", "start", "--pool", pool, "--type", "process", "--limit", "1", "--name", name]
-    return [sys.executable, "-m", "prefect", *worker]
+    """How a part is started. The worker comes with what looks after its runs, see magellano/keeper.py."""
+    return [sys.executable, "-m", *(["tasks.serve"] if part is Part.SERVER else ["magellano.keeper", pool])]
+
+
+def worker_name(pool: str) -> str:
+    """Under which this machine's worker of a pool is known."""
+    return f"{socket.gethostname().split('.')[0]}-{pool}"
+
+
+def look_every() -> float:
+    """Seconds between two looks for runs that died: MAGELLANO_LOOK_S. InputError where that is no such number."""
+    text = os.environ.get("MAGELLANO_LOOK_S", str(LOOK_S))
+    if not text.replace(".", "", 1).isdigit() or not 0 < float(text) <= 3600:
+        raise InputError(f"MAGELLANO_LOOK_S={text}: not seconds up to 3600; give a number, or unset it for {LOOK_S:g}")
+    return float(text)
+
+
+def restarts() -> int:
+    """How often a run that crashed is started again by itself: MAGELLANO_RESTARTS; 0: never. InputError likewise."""
+    text = os.environ.get("MAGELLANO_RESTARTS", str(RESTARTS))
+    if not text.isdigit() or int(text) > 100:
+        raise InputError(f"MAGELLANO_RESTARTS={text}: not a number up to 100; give one, or unset it for {RESTARTS}")
+    return int(text)
 
 
 def start(part: Part, api: str, pool: str = POOL) -> int:
@@ -139,6 +159,17 @@ def become(part: Part, api: str, pool: str = POOL) -> NoReturn:
     os.execve(sys.executable, command(part, pool), _environment(part, api))
 
 
+def tell_prefect(api: str) -> None:
+    """Let `prefect`, typed in the folder that the home is in, use this home's server."""
+    text = f'active = "magellano"\n\n[profiles.magellano]\nPREFECT_API_URL = {json.dumps(api)}\n'
+    durable.write_text(folder() / PROFILES, text)
+
+
+def prefect_knows() -> bool:
+    """Whether `prefect`, typed in the checkout, uses this home's server."""
+    return folder() == ROOT / ".magellano" / "site" and (folder() / PROFILES).exists()
+
+
 def stop(part: Part) -> bool:
     """End a part by SIGTERM, after STOP_S by SIGKILL. Whether there was one."""
     found = running(part)
@@ -150,6 +181,8 @@ def stop(part: Part) -> bool:
         if time.monotonic() > deadline:
             os.kill(found["pid"], signal.SIGKILL)
         time.sleep(0.2)
+    if part is Part.SERVER:
+        (folder() / PROFILES).unlink(missing_ok=True)
     return True
 
 

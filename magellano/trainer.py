@@ -22,7 +22,7 @@ from magellano.data import shards
 from magellano.errors import Diverged, InputError, Stopped
 from magellano.guard import Guard, NotFinite, Trouble, all_finite
 from magellano.layout import parameters
-from magellano.metrics import Metrics, MetricsFile, PairMetrics
+from magellano.metrics import Metrics, MetricsFile, Mirror, PairMetrics
 from magellano.model import MagellanoLM
 from magellano.names import METRICS, Compute
 from magellano.ops.cross_entropy import Renyi
@@ -276,26 +276,28 @@ def _added(sums: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx
     return made
 
 
-def run_to_end(trainer: Trainer, work: Path, progress: Progress) -> dict[str, Any]:
-    """Train to the last step, resuming what `work` holds; checkpoints and metrics.jsonl go there. Returns the run's
-    facts.
+def run_to_end(trainer: Trainer, work: Path, progress: Progress, mirror: Mirror | None = None) -> dict[str, Any]:
+    """Train to the last step, resuming what `work` holds; checkpoints and metrics.jsonl go there, its lines to `mirror`
+    too. Returns the run's facts.
 
     Raises Stopped after SIGTERM or SIGINT, with the state saved; DiskFull where there is no room for the checkpoints;
     Diverged where the training goes wrong however often it is set back (see guard.py).
     """
     with StopRequest() as stop:
-        return _Run(trainer, work, progress, stop).to_end()
+        return _Run(trainer, work, progress, stop, mirror).to_end()
 
 
 class _Run:
     """One process's share of a training."""
 
-    def __init__(self, trainer: Trainer, work: Path, progress: Progress, stop: StopRequest):
+    def __init__(
+        self, trainer: Trainer, work: Path, progress: Progress, stop: StopRequest, mirror: Mirror | None = None
+    ):
         self.trainer, self.work, self.progress, self.stop = trainer, durable.private_folder(work), progress, stop
         self.resumed = trainer.resume(work)
         disk.require(work, trainer.room(work))
         self.saved = trainer.step if self.resumed else -1  # the step whose state is on disk
-        self.metrics = MetricsFile(work / METRICS)
+        self.metrics = MetricsFile(work / METRICS, mirror)
         self.metrics.rewind(trainer.step, trainer.guard.rollbacks)
         split, c = trainer.held_out if trainer.held_out.rows else trainer.train, trainer.config
         self.watch = experts.Watch(trainer.model, split, c.steps, c.log_every)

@@ -1,4 +1,5 @@
-"""`python -m tasks.drain POOL PID`: cancels what the worker of that process runs, and waits until it is saved.
+"""`python -m tasks.drain POOL PID`: cancels what the worker below that process runs, and waits until
+it is saved.
 
 A worker that ends kills its runs at once, without a signal to them (Prefect 3.8.8): nothing would be saved after the
 last checkpoint. A cancelled run gets SIGTERM, finishes its step, saves and ends; `prefect flow-run retry` or the next
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-PATIENCE = 45.0  # seconds; Prefect kills a cancelled run after 30
+from magellano import artifacts
+
+PATIENCE = 75.0  # seconds; Prefect kills a cancelled run after 30, tasks/restarts.py one without a worker after 60
 
 
 def main(pool: str, worker: int) -> None:
@@ -22,7 +25,7 @@ def main(pool: str, worker: int) -> None:
 
     with get_client(sync_client=True) as client:
         client.update_work_pool(pool, WorkPoolUpdate(is_paused=True))
-        runs = [run for run in _alive(client, pool) if _of_worker(run.id, worker)]
+        runs = [run for run in _alive(client, pool) if _of_worker(run.id, worker) or _of_this_home(run.id)]
         for run in runs:
             client.set_flow_run_state(run.id, State(type=StateType.CANCELLING, message="magellano down"))
             print(f"cancelled {run.name}: it saves and can be continued")
@@ -44,6 +47,13 @@ def _alive(client: Any, pool: str) -> list[Any]:
         flow_run_filter=by.FlowRunFilter(state=by.FlowRunFilterState(type=alive)), work_pool_filter=mine
     )
     return found
+
+
+def _of_this_home(run: UUID) -> bool:
+    """Whether it lives in a process of this home, which may have lost its worker."""
+    from tasks import presence
+
+    return presence.held(artifacts.home() / "runs" / f"{run}.json")
 
 
 def _of_worker(run: UUID, worker: int) -> bool:

@@ -23,6 +23,7 @@ def environment() -> dict[str, str]:
     with PREFECT_TOML.open("rb") as f:
         found = {f"PREFECT_{key}": value for key, value in _flat(tomllib.load(f))}
     found["DO_NOT_TRACK"] = "1"
+    del found["PREFECT_PROFILES_PATH"]  # for Prefect's own command line alone
     if not in_worker():
         found["PREFECT_LOGGING_LEVEL"] = "WARNING"  # a terminal shows our lines, not Prefect's bookkeeping
         if not os.environ.get("PREFECT_API_URL"):
@@ -30,6 +31,8 @@ def environment() -> dict[str, str]:
             if server := site.running(site.Part.SERVER):
                 found["PREFECT_API_URL"] = server["url"]
             found["PREFECT_HOME"] = str(artifacts.home() / "prefect")
+            # Not the one of prefect.toml: it outlives a server that was killed.
+            found["PREFECT_PROFILES_PATH"] = str(artifacts.home() / "prefect" / "profiles.toml")
     return found
 
 

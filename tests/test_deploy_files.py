@@ -1,6 +1,9 @@
 """deploy/: units and the Compose file say what the project needs. What they start is tested in tests/flows."""
 
+import os
 import plistlib
+import shutil
+import subprocess
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -56,3 +59,38 @@ def test_units_start_and_stop_the_part(part: str) -> None:
     if part == "worker":
         assert unit["Service"]["ExecStop"] == "CHECKOUT/.venv/bin/magellano down --only worker"
         assert int(unit["Service"]["TimeoutStopSec"]) > 45, "longer than a run may take to save"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze: it comes with systemd")
+@pytest.mark.parametrize("part", ["server", "worker"])
+def test_systemd_understands_the_units(part: str, tmp_path: Path) -> None:
+    program = tmp_path / "checkout" / ".venv" / "bin" / "magellano"
+    program.parent.mkdir(parents=True)
+    program.touch(0o755)
+    for name in ("server", "worker"):
+        text = (DEPLOY / "systemd" / f"magellano-{name}.service").read_text(encoding="utf-8")
+        (tmp_path / f"magellano-{name}.service").write_text(text.replace("CHECKOUT", str(tmp_path / "checkout")))
+    command = ["systemd-analyze", "--user", "--man=no", "verify", str(tmp_path / f"magellano-{part}.service")]
+    env = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, ""), "a value that it ignores is a line, no exit code"
+
+
+def _compose() -> list[str] | None:
+    """Compose's command, as a program or as a plugin of docker."""
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    plugin = ["docker", "compose"]
+    there = shutil.which("docker") and not subprocess.run([*plugin, "version"], capture_output=True).returncode
+    return plugin if there else None
+
+
+@pytest.mark.skipif(_compose() is None, reason="neither docker-compose nor docker's plugin compose")
+def test_compose_understands_its_file_and_refuses_one_without_passwords(tmp_path: Path) -> None:
+    env = tmp_path / "team.env"
+    example = (DEPLOY / "team.env.example").read_text(encoding="utf-8")
+    file = ["--env-file", str(env), "-f", str(DEPLOY / "compose.yaml"), "config"]
+    for password, code in (("secret", 0), ("", 1)):
+        env.write_text(example.replace("POSTGRES_PASSWORD=", f"POSTGRES_PASSWORD={password}"))
+        done = subprocess.run([*(_compose() or []), *file], capture_output=True, text=True, timeout=60)
+        assert bool(done.returncode) == bool(code), done.stderr

@@ -17,6 +17,7 @@ HEAVY = {
     "pandera": "magellano/data",
     "matplotlib": "magellano/report.py",
     "lm_eval": "magellano/harness.py",
+    "tensorboardX": "magellano/tensorboard.py",
 }
 OF_AN_EXTRA = {"magellano/harness.py": "magellano/commands/evaluate.py"}  # cannot be imported without it; who may do so
 

@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from magellano import site
+    from magellano import history, site
     from magellano.errors import InputError
 
     api, parts = site.url(), [site.Part(args.only)] if args.only else list(site.Part)
@@ -37,13 +37,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "--nightly: schedules stand with the deployments, which come with the worker; leave --only out"
         )
     started = []
-    if site.Part.SERVER in parts and not _is_there(api):
-        if args.foreground:
+    if site.Part.SERVER in parts:
+        there = _is_there(api)
+        if site.is_ours(api):
+            site.tell_prefect(api)
+        if not there and args.foreground:
             site.become(site.Part.SERVER, api)
-        site.start(site.Part.SERVER, api)
-        started.append("server")
+        if not there:
+            site.start(site.Part.SERVER, api)
+            started.append("server")
+            site.wait_healthy(api)  # whatever is typed next finds it
     said: list[str] = []
     if site.Part.WORKER in parts:
+        for setting in (site.look_every, site.restarts, history.keep_days):
+            setting()  # a mistake in one is told here, not in a log
         if started or site.running(site.Part.SERVER):
             site.wait_healthy(api)
         elif not site.healthy(api):
@@ -57,7 +64,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if site.running(site.Part.WORKER) is None:
             site.start(site.Part.WORKER, api, args.pool)
             started.append("worker")
-    return {"url": api, "ui": api.removesuffix("/api"), "started": started, "said": said, "logs": str(site.folder())}
+    return {
+        "url": api, "ui": api.removesuffix("/api"), "started": started, "said": said, "logs": str(site.folder()),
+        "prefect": site.prefect_knows(),
+    }  # fmt: skip
 
 
 def _is_there(api: str) -> bool:
@@ -83,6 +93,6 @@ def show(facts: dict[str, Any], console: "Console") -> None:
     started = " and ".join(facts["started"]) or "nothing: all of it runs"
     console.print(f"started: {started}", highlight=False)
     console.print(f"UI: {facts['ui']}   logs: {facts['logs']}", highlight=False, soft_wrap=True)
-    console.print(
-        f"for Prefect's own command line: export PREFECT_API_URL={facts['url']}", highlight=False, soft_wrap=True
-    )
+    if not facts["prefect"]:
+        said = f"for Prefect's own command line: export PREFECT_API_URL={facts['url']}"
+        console.print(said, highlight=False, soft_wrap=True)

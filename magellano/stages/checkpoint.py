@@ -34,7 +34,8 @@ def run(
     if os.path.lexists(tokens / template.FILE):
         shutil.copyfile(tokens / template.FILE, out / template.FILE)
     (out / LINEAGE).write_text(json.dumps(lineage, indent=2) + "\n", encoding="utf-8")
-    made_by = profile.model_dump_json(indent=2, exclude={"description", "evaluate", "memory", "gate", "disk"})
+    operating = {"description", "evaluate", "memory", "gate", "disk", "notify", "logging"}
+    made_by = profile.model_dump_json(indent=2, exclude=operating)
     (out / PROFILE).write_text(made_by + "\n", encoding="utf-8")
     return {"tensors": len(tensors), "held_out_loss": _verify(out, profile, base, tokens, tensors)}
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from magellano import loader
+from magellano import loader, tensorboard
 from magellano.backend import compute_dtype
 from magellano.model import MagellanoLM, seeded
 from magellano.names import METRICS
@@ -21,7 +21,7 @@ def run(out: Path, profile: Profile, tokens: Path, work: Path, progress: Progres
     config = profile.pretrain.train
     model = MagellanoLM(profile.model, seeded(profile.base.seed), compute_dtype(config.compute))
     trainer = Trainer(model, config, tokens, profile.loss, profile.memory.limit_gib)
-    facts = run_to_end(trainer, work, progress)
+    facts = run_to_end(trainer, work, progress, tensorboard.mirror(profile, work))
     loader.write_model(out, profile.model, loader.dense_tensors(model), quantized=False)
     Tokenizer(profile.model.vocab_size).save(out)
     (out / METRICS).write_bytes((work / METRICS).read_bytes())

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from magellano import loader, lora, memory
+from magellano import loader, lora, memory, tensorboard
 from magellano.backend import mx, tree_flatten
 from magellano.names import METRICS
 from magellano.profile import Profile
@@ -24,7 +24,7 @@ def run(
     with memory.hold(profile) as (fitting, held):
         model = loader.load_release(adapter, base, fitting.train.compute)
         trainer = Trainer(model, fitting.train, tokens, profile.loss, profile.memory.limit_gib, profile.lora.plus)
-        facts = {**run_to_end(trainer, work, progress), **held}
+        facts = {**run_to_end(trainer, work, progress, tensorboard.mirror(profile, work)), **held}
     lora.save(out, profile.model, profile.lora, trainer.tensors())
     mx.save_safetensors(str(out / OPTIMIZER), dict(tree_flatten(trainer.optimizer.state)))
     position = {"step": trainer.step, "target_tokens": trainer.tokens, "loss_scale": asdict(trainer.scale)}

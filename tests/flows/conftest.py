@@ -101,6 +101,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield up
     finally:
         up.magellano("down")
+        assert not (up.home / "site" / "profiles.toml").exists(), "nobody is sent to a server that is gone"
 
 
 @pytest.fixture

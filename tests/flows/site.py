@@ -41,6 +41,7 @@ def environment(folder: Path) -> dict[str, str]:
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",  # the default minute would be waited for
         "MAGELLANO_HOME": str(folder / "home"),
+        "MAGELLANO_LOOK_S": "1",
     }
 
 

@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
 
 from magellano import site
 from magellano.names import Stage
@@ -63,6 +68,20 @@ def test_commands_work_as_typed_where_the_server_is_up(up: Up, api: SyncPrefectC
     assert run.state.is_completed()
 
 
+def test_prefect_s_own_command_line_works_as_typed(up: Up, api: SyncPrefectClient, tmp_path: Path) -> None:
+    """In the folder of prefect.toml and of the home, with nothing set."""
+    shutil.copy(ROOT / "prefect.toml", tmp_path)
+    (tmp_path / ".magellano").symlink_to(up.home)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {"HOME": str(tmp_path)}
+    later = ["deployment", "run", "train/production3b", "--start-in", "1 hour"]
+    command = [sys.executable, "-m", "prefect", *later]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (r for r in api.read_flow_runs() if str(r.id) in done.stdout)
+    assert run.parameters["profile"] == "production3b"
+    api.delete_flow_run(run.id)
+
+
 def test_a_run_whose_stages_are_all_there_asks_the_server_little(up: Up) -> None:
     """Seconds differ from machine to machine; calls do not. Two a stage: its state's events go another way."""
     script = [sys.executable, "benchmarks/cached_stages.py", "demo", *(f"{k}={v}" for k, v in SHORT.items())]
@@ -71,6 +90,31 @@ def test_a_run_whose_stages_are_all_there_asks_the_server_little(up: Up) -> None
     facts = json.loads(done.stdout)
     assert (facts["server"], facts["stages"], facts["built"]) == (up.url, 8, [])
     assert 8 < facts["calls"] <= 14 + 2 * facts["stages"], facts
+
+
+def test_old_runs_pages_go_and_the_rest_stays(up: Up, api: SyncPrefectClient) -> None:
+    while len(list((up.home / "runs").glob("[0-9]*/run.json"))) < 2:  # where this test runs alone
+        up.magellano("train", "demo", *[f"--set={k}={v}" for k, v in SHORT.items()])
+    records = sorted((up.home / "runs").glob("[0-9]*/run.json"), key=lambda p: int(p.parent.name))
+    facts = [json.loads(p.read_text()) for p in records]
+    train = [i for i, f in enumerate(facts) if f["flow"] == "train" and api.read_flow_run(UUID(f["flow_run"]))]
+    for i in train:  # all of them long ago
+        records[i].write_text(json.dumps(facts[i] | {"ended": "2020-01-01T00:00:00+00:00"}))
+    old, last = [UUID(facts[i]["flow_run"]) for i in train[:-1]], UUID(facts[train[-1]]["flow_run"])
+    assert old
+    listed = json.loads(up.magellano("gc", "--keep", "1", "--json"))
+    assert (listed["pages"], listed["removed"]) == (len(old), False)
+    assert api.read_flow_run(old[0]).id == old[0], "only listed"
+    pictures = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=old))
+    assert api.read_artifacts(artifact_filter=pictures)
+    assert json.loads(up.magellano("gc", "--keep", "1", "--yes", "--json"))["pages"] == len(old)
+    assert api.read_artifacts(artifact_filter=pictures) == []
+    for run in old:
+        with pytest.raises(ObjectNotFound):
+            api.read_flow_run(run)
+    kept = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[last]))
+    assert len(api.read_artifacts(artifact_filter=kept)) > 8
+    assert all(p.exists() for p in records), "our own books stay"
 
 
 def test_a_schedule_keeps_its_owner_s_word_over_an_up(up: Up, api: SyncPrefectClient) -> None:
@@ -84,7 +128,7 @@ def test_a_schedule_keeps_its_owner_s_word_over_an_up(up: Up, api: SyncPrefectCl
 
 def test_down_saves_what_runs_and_up_goes_on(up: Up, api: SyncPrefectClient) -> None:
     deployment = api.read_deployment_by_name("stages/train")
-    given = {"overrides": SHORT | {"train.steps": 90_000, "train.checkpoint_every": 90_000}}
+    given = {"overrides": SHORT | {"train.steps": 90_000, "train.checkpoint_every": 90_000, "train.log_every": 1}}
     run = api.create_flow_run_from_deployment(deployment.id, parameters=given)
     work = up.home / "work" / Stage.TRAIN
     before = set(work.glob("*"))
@@ -99,10 +143,34 @@ def test_down_saves_what_runs_and_up_goes_on(up: Up, api: SyncPrefectClient) -> 
     state = api.read_flow_run(run.id).state
     assert state
     assert state.name == "Cancelled"
-    assert max(int(p.name.removeprefix("step-")) for p in folder.glob("step-*")) > 0, "saved where it stood"
+    assert steps(folder) > 0, "saved where it stood"
     assert api.read_work_pool("gpu").is_paused
     assert "started: worker" in up.magellano("up")
     assert not api.read_work_pool("gpu").is_paused
+
+    # What was cancelled stays so until its user wants it back, and then goes on from the step that it was saved at.
+    saved = steps(folder)
+    assert last(folder) == saved, "it ended within a step"
+    assert api.read_flow_run(run.id).run_count == 1
+    retry = [sys.executable, "-m", "prefect", "flow-run", "retry", str(run.id)]
+    subprocess.run(retry, cwd=ROOT, env=up.env | {"PREFECT_API_URL": up.url}, check=True, timeout=120)
+    wait("a step more", lambda: last(folder) > saved, 120)
+    api.set_flow_run_state(run.id, Cancelling())
+    wait("its end", lambda: (s := api.read_flow_run(run.id).state) and s.name == "Cancelled", 60)
+    assert steps(folder) == last(folder) > saved
+    logged = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "lr" in line]
+    assert logged == sorted(set(logged)), "no step twice"
+    assert logged[0] == 1
+
+
+def steps(folder: Path) -> int:
+    """The last step that was saved."""
+    return max(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
+
+
+def last(folder: Path) -> int:
+    """The last step that was logged, where each is."""
+    return max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 def test_a_stranger_s_server_is_not_taken_for_ours(up: Up, tmp_path: Path) -> None:

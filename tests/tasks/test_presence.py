@@ -19,7 +19,9 @@ class Client:
     """Knows one run; remembers what is set."""
 
     def __init__(self, state: Any, attempt: int = 1) -> None:
-        self.run = SimpleNamespace(id=uuid4(), name="train demo", state=state, run_count=attempt)
+        self.run = SimpleNamespace(
+            id=uuid4(), name="train demo", state=state, run_count=attempt, deployment_id=None, tags=[]
+        )
         self.set: list[tuple[UUID, str]] = []
         self.tasks = [SimpleNamespace(id=uuid4(), state=s) for s in (Completed(), Running())]
 
@@ -45,7 +47,7 @@ def record(folder: Path, run: UUID, **changed: Any) -> Path:
 
 
 def settle(client: Client, folder: Path) -> None:
-    presence._mark_dead_runs(client, folder)  # type: ignore[arg-type]
+    presence.settle_dead_runs(client, folder)  # type: ignore[arg-type]
 
 
 def test_a_dead_process_s_run_is_marked_with_its_task(tmp_path: Path) -> None:

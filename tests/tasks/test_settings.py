@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,24 @@ def test_a_plain_process(tmp_path: Path) -> None:
     assert env["PREFECT_LOGGING_LEVEL"] == "WARNING"
     assert env["PREFECT_HOME"] == str(tmp_path / "a" / "home" / "prefect")
     assert Path(env["PREFECT_HOME"]).is_dir(), "Prefect would wait three minutes for a folder that it cannot make"
+
+
+def test_the_address_of_a_server_that_was_killed_is_not_used(tmp_path: Path) -> None:
+    """`magellano down` would have removed it."""
+    stale = tmp_path / ".magellano" / "site"
+    stale.mkdir(parents=True)
+    shutil.copy(ROOT / "prefect.toml", tmp_path)
+    dead = "http://127.0.0.1:1/api"
+    (stale / "profiles.toml").write_text(f'active = "x"\n[profiles.x]\nPREFECT_API_URL = "{dead}"\n')
+    code = "from prefect.settings import get_current_settings as s; print(s().api.url)"
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", first + code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for first in ("", "import tasks; ")
+    ]
+    assert said == [dead, "None"]
 
 
 def test_a_server_of_the_caller_is_used(tmp_path: Path) -> None:
