@@ -93,12 +93,13 @@ def _forward(x: mx.array, part: Part, first: Layer, second: Layer, unread: bool)
     """The part's rows of y, not yet weighted, from those of u."""
     # 1. up, and what is positive stays
     h, low1 = first(x, part)
-    norm1 = first.norms(part)
+    norm1 = first.norms(part, h)
     a = detached(mx.maximum(first.scaled(h, norm1, part), 0))
     if unread and second.m is None:
         return None, _Kept(x, a, low1, norm1, None, None)
     # 2. down
-    z2, norm2 = second(a, part)[0], second.norms(part)
+    z2, _ = second(a, part)
+    norm2 = second.norms(part, z2)
     if norm2 is not None:
         z2 = detached(z2)
     y = None if unread else second.scaled(z2, norm2, part)
