@@ -12,7 +12,8 @@ from magellano.nf4 import NF4Stack, NF4Tensor
 from magellano.ops import lora as ops_lora
 from magellano.ops import nf4_matmul
 from magellano.ops.add_rows import add_rows
-from magellano.ops.experts import Layer
+from magellano.ops.expert_layer import Layer
+from magellano.ops.launch import gpu_geometry
 from magellano.ops.lora import adapted_matmul
 
 Weight = mx.array | NF4Tensor | NF4Stack
@@ -142,7 +143,8 @@ class Projection(Adapted):
         m_O, rows = self.magnitude, None
         if m_O is not None:
             assert self._squares is not None
-            cross_rO = matmul(mx.stop_gradient(self.lora_a).astype(x.dtype), base)
+            a_rI = mx.depends(self.lora_a, [x]) if gpu_geometry() else self.lora_a  # else W is dense before its time
+            cross_rO = matmul(mx.stop_gradient(a_rI.astype(x.dtype)), base)
             rows = m_O, ops_lora.row_norms(self._squares, cross_rO, self.lora_a, self.lora_b, self.lora_scale)
         return adapted_matmul(x, base, self.lora_a, self.lora_b, self.lora_scale, rows, unread=unread)
 

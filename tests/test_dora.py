@@ -15,7 +15,7 @@ from magellano.generate import generate
 from magellano.layout import ParamSpec, parameters
 from magellano.linear import Weight
 from magellano.model import MagellanoLM
-from magellano.names import Compute, LoraTarget
+from magellano.names import Compute, LoraKind, LoraTarget
 from magellano.ops.moe import Room
 from magellano.profile import LoraConfig, ModelConfig, load_profile
 from magellano.trainer import Trainer, run_to_end
@@ -128,7 +128,7 @@ def test_the_start_changes_nothing_also_where_b_does_not_start_at_zero(base: Mag
     lora.attach(base, DORA, lora.start(SMALL, DORA, lora.base_of_model(base)))
     assert mx.array_equal(base(TOKENS), before).item()
     factors = {name: value for name, value in adapter(base).items() if not name.endswith("lora_m")}
-    plain = DORA.model_copy(update={"kind": "lora"})
+    plain = DORA.model_copy(update={"kind": LoraKind.LORA})
     started = factors | lora.magnitudes(SMALL, DORA, factors, lora.base_of_model(base))
     lora.attach(base, plain, factors)
     wanted = base(TOKENS)

@@ -114,12 +114,14 @@ class Layer:
         assert self.a is not None
         return times(x, self.a, part, ordered=self.ordered)
 
-    def norms(self, part: Part) -> mx.array | None:
-        """|W + s B A| of each row for a part's experts, float32 [n, 1, O]; None without DoRA."""
+    def norms(self, part: Part, after: mx.array) -> mx.array | None:
+        """|W + s B A| of each row for a part's experts, float32 [n, 1, O]; None without DoRA. On a GPU not made, nor W
+        dense for it, before `after` is there.
+        """
         if self.m is None or self.a is None or self.b is None or self.squares is None:
             return None
         a_nrI, b_nOr = _dense(self.a, part, self.ordered), _dense(self.b, part, self.ordered)
-        cross_nrO = times(a_nrI, self.weight, part)
+        cross_nrO = times(mx.depends(a_nrI, [after]) if gpu_geometry() else a_nrI, self.weight, part)
         return detached(row_norms(_dense(self.squares, part, False), cross_nrO, a_nrI, b_nOr, self.scale)[:, None])
 
     def lengths(self, part: Part) -> mx.array:

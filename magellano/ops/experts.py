@@ -98,14 +98,15 @@ def _forward(
     """The part's rows of y, not yet weighted, from those of u."""
     # 1. up, and what is positive stays
     h, low1 = first(x, part)
-    norm1 = first.norms(part)
+    norm1 = first.norms(part, h)
     h = first.scaled(h, norm1, part)
     a = gated.forward(h, hidden)
     h = detached(h if hidden.gated else a)
     if unread and second.m is None:
         return None, _Kept(x, h, low1, norm1, None, None)
     # 2. down
-    z2, norm2 = second(a if hidden.gated else h, part)[0], second.norms(part)
+    z2, _ = second(a if hidden.gated else h, part)
+    norm2 = second.norms(part, z2)
     if norm2 is not None:
         z2 = detached(z2)
     y = None if unread else second.scaled(z2, norm2, part)

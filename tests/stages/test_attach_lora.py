@@ -12,8 +12,8 @@ from magellano.errors import InputError
 from magellano.layout import ParamSpec, parameters
 from magellano.merge import pieces
 from magellano.model import MagellanoLM, seeded
-from magellano.names import Stage
-from magellano.profile import ModelConfig, Profile, load_profile
+from magellano.names import LoraKind, Stage
+from magellano.profile import LoraConfig, ModelConfig, Profile, load_profile
 from magellano.progress import silent
 from magellano.stages import attach_lora, quantize
 from magellano.tokenizer import Tokenizer
@@ -102,6 +102,24 @@ def test_the_same_seed_starts_the_same_and_the_stored_base_stays(tmp_path: Path)
         attach_lora.run(out, p, base)
     assert (outs[0] / lora.WEIGHTS).read_bytes() == (outs[1] / lora.WEIGHTS).read_bytes()
     assert {f.name: f.read_bytes() for f in base.iterdir()} == before
+
+
+def test_with_dora_the_rows_have_the_lengths_of_what_they_start_as(tmp_path: Path) -> None:
+    p = profile(tmp_path, "seeded")
+    dora = LoraConfig(kind="dora", init="loftq", rank=6, targets=("in_proj", "w1", "w2"))
+    plain = dora.model_copy(update={"kind": LoraKind.LORA})
+    folders = [tmp_path / name for name in ("base", "dora", "plain")]
+    for folder in folders:
+        folder.mkdir()
+    quantize.run(folders[0], p, None, silent)
+    weights = []
+    for folder, settings in zip(folders[1:], (dora, plain), strict=True):
+        attach_lora.run(folder, p.model_copy(update={"lora": settings}), folders[0])
+        model = loader.load_release(folder, folders[0])
+        weights.append([w for path in ("0.mixer.in_proj", "3.mixer.experts.w2")
+                        for w in pieces(lora.find(model, f"backbone.layers.{path}"))])  # fmt: skip
+    for one, other in zip(*weights, strict=True):
+        assert mx.allclose(one, other, rtol=1e-4, atol=1e-6).item()
 
 
 def test_what_is_not_quantised_starts_as_without(tmp_path: Path) -> None:
