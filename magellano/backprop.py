@@ -175,7 +175,7 @@ class Backprop:
                 sizes[i] = found[1]
         # 2. the loss, and what it hands down
         values = [*self._norm.values(), *self._embeddings.values()]
-        loss = functools.partial(self._loss, batch.pairs)
+        loss = functools.update_wrapper(functools.partial(self._loss, batch.pairs), self._loss)  # its name is told
         nll, dh_BTD, *found = self._run(loss, None, h_BTD, batch.targets, batch.weights, scale, *values)
         gradients = dict(zip([*self._norm.names, *self._embeddings.names], found, strict=True))
         # 3. backward: the layers in reverse order

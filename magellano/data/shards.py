@@ -46,6 +46,11 @@ class Batch:
     reset: np.ndarray
 
 
+def together(blocks: Sequence[Rows]) -> Rows:
+    """The rows of all blocks."""
+    return Rows(*(np.concatenate([getattr(rows, name) for rows in blocks]) for name in _DTYPES))
+
+
 def write_split(folder: Path, split: str, blocks: Iterable[Rows]) -> int:
     """Write each block of rows as one shard; returns the number of rows."""
     count = 0

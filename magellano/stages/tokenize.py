@@ -12,6 +12,8 @@ from magellano.data import formats, mixing, readers, schema, shards, splitting, 
 from magellano.data.accounting import Accounting
 from magellano.data.formats import Document
 from magellano.data.packing import Packer, Piece, pieces
+from magellano.data.seen import Seen
+from magellano.data.shards import Rows
 from magellano.data.splitting import Split
 from magellano.data.template import Template, Unfit
 from magellano.errors import InputError
@@ -86,7 +88,7 @@ class _Reader:
         self._rejects, self._progress = rejects, progress
         self._formats = [part.format for part in data.parts]
         self.template = Template.read(Path(data.template).expanduser()) if data.template else None
-        self._seen: set[bytes] = set()
+        self._seen = Seen()
         self._first_reject = ""
         self.files: Counter[str] = Counter()  # rows read by file
 
@@ -138,11 +140,9 @@ class _Reader:
         """Each row's segments with its content's digest, without those seen before if the profile says so."""
         for index, parts, records in rows:
             digest = formats.digest(parts)
-            if self._data.deduplicate and digest in self._seen:
+            if self._data.deduplicate and not self._seen.add(digest):
                 self._own[source].duplicates += 1
                 continue
-            if self._data.deduplicate:
-                self._seen.add(digest)
             self._weigh(self._own[source], records)
             yield index, digest, parts
 
@@ -182,7 +182,7 @@ class _Writer:
         self._out, self._split, self._tokenizer, self._own = out, split, tokenizer, own
         self._packer = Packer(seq_len, tokenizer.end_of_text)
         self._bytes_per_token = tokenizer.bytes_per_token()
-        self._waiting: list[list[Piece]] = []
+        self._waiting: list[Rows] = []  # as arrays: the pieces of short documents take many times as much
         self._rows_per_shard = max(1, SHARD_TOKENS // seq_len)
         self._shards, self._source = shards, source
         self.rows = 0
@@ -193,12 +193,12 @@ class _Writer:
         books.split += len(document.targets) > self._packer.seq_len
         for piece in pieces(document, self._packer.seq_len, self._tokenizer.end_of_text):
             if self._count(piece, books):
-                self._waiting += self._packer.add(piece)
+                self._close(self._packer.add(piece))
         if len(self._waiting) >= self._rows_per_shard:
             self._write()
 
     def finish(self) -> None:
-        self._waiting += self._packer.finish()
+        self._close(self._packer.finish())
         if self._waiting:
             self._write()
 
@@ -216,11 +216,13 @@ class _Writer:
             books.held_out_bytes += int(self._bytes_per_token[piece.targets[piece.counts == 1]].sum(dtype=np.int64))
         return counted > 0
 
+    def _close(self, rows: list[list[Piece]]) -> None:
+        for row in rows:
+            self._waiting.append(self._packer.arrays([row]))
+            self._own[self._source].padding += self._packer.seq_len - sum(len(piece.tokens) for piece in row)
+
     def _write(self) -> None:
-        rows = self._packer.arrays(self._waiting)
-        shards.write_shard(self._out, self._split, len(self._shards), rows)
+        shards.write_shard(self._out, self._split, len(self._shards), shards.together(self._waiting))
         self._shards.append(self._source)
-        held = sum(len(piece.tokens) for row in self._waiting for piece in row)
-        self._own[self._source].padding += rows.tokens.size - held
         self.rows += len(self._waiting)
         self._waiting = []

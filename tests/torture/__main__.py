@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.torture import cli, contention, damage, faults, kills, network, soak, suites
+from tests.torture import cli, contention, damage, faults, kills, network, soak, suites, volume
 from tests.torture.outcome import Part, Row, Share, table, timed
 
 
@@ -39,6 +39,7 @@ PLAN = {
     "server": Planned(network.server, 300, 300, False),
     "cli": Planned(cli.part, 900, 150, False),
     "suites": Planned(suites.part, 150, 60, False),
+    "volume": Planned(volume.part, 120, 15, False),
     "soak": Planned(soak.part, 600, 20, False),
 }
 
