@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code. Expected failures are one line on standard error, bugs a traceback."""
     args = parser().parse_args(argv)
     command = COMMANDS[args.command]
+    if hasattr(command, "FLOW"):
+        signals.interrupt_on_term()
     try:
         facts = command.run(args)
         _print(facts, command, args.json)
@@ -47,8 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output is gone (`magellano info | head -1`): nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
-    except KeyboardInterrupt:
-        return _fail("interrupted", ExitCode.FAILED)
+    except KeyboardInterrupt:  # a training has its own way to stop
+        if not hasattr(command, "FLOW"):
+            return _fail("interrupted", ExitCode.FAILED)
+        signals.hold_off()
+        return _fail("stopped; the next start continues from the finished stages", ExitCode.RESUMABLE)
     except Exception as error:
         code = exit_code(error)
         if code is None:

@@ -40,6 +40,12 @@ class StopRequest:
         self.requested = True
 
 
+def interrupt_on_term() -> None:
+    """From now on SIGTERM is a KeyboardInterrupt, as SIGINT is."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def hold_off() -> None:
     """From now on SIGTERM and SIGINT change nothing for GRACE seconds, nor once the interpreter ends, which gives them
     their deadly defaults back.

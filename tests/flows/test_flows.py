@@ -1,6 +1,9 @@
 """The flows in this process, on real stages and a tiny model: what is built, what is reused, and how failures look."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from flows.train import train
 from magellano.errors import DiskFull, InputError
 from magellano.names import Stage
 from magellano.stages import quantize as quantize_stage
+from tests.flows.site import ROOT, Site
 
 BASE = ["tokenize for pretrain", "pretrain"]
 EVERYTHING = ["tokenize", *BASE, "quantize", "attach_lora", "train", "checkpoint", "evaluate"]
@@ -180,6 +184,32 @@ def test_a_bug_keeps_its_traceback(
     with pytest.raises(KeyError):
         stages(stage=Stage.QUANTIZE, profile=tiny)
     assert any(record.exc_info for record in caplog.records)
+
+
+STOPPED = """
+import os, sys, time
+from magellano import cli
+from magellano.stages import tokenize
+
+def asked(*given):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(60)
+
+tokenize.run = asked
+sys.exit(cli.main(["train", sys.argv[2]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_training_begins_ends_with_75(sent: signal.Signals, tiny: str, home: Path, site: Site) -> None:
+    command = [sys.executable, "-c", STOPPED, str(sent.value), tiny]
+    given = site.env | {"MAGELLANO_HOME": str(home)}
+    done = subprocess.run(command, env=given, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.splitlines()[-1] == "magellano: stopped; the next start continues from the finished stages"
+    assert "Traceback" not in done.stderr
+    assert not list((home / "artifacts").glob("*/*/manifest.json"))
 
 
 def test_every_stage_can_be_reached() -> None:
