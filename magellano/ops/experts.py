@@ -155,25 +155,22 @@ def feed_forward(
     what the output's gradient becomes at a. Rows come back unweighted, and the gates count once, in the last sum.
     """
     split = len(w1.arrays())
-
-    def layers(arrays: Sequence[mx.array]) -> tuple[Layer, Layer]:
-        return w1.with_arrays(arrays[:split]), w2.with_arrays(arrays[split:])
+    act = (lambda h: gated.forward(h, hidden)) if hidden.gated else (lambda h: h)  # of what is kept
 
     @mx.custom_function
     def mixture(u_MD: mx.array, gate_Mk: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-        first, second = layers(arrays)
+        first, second = w1.with_arrays(arrays[:split]), w2.with_arrays(arrays[split:])
         y, kept = [], []
         for part in _parts(at):
             # 1. the copies go to their experts
             x = part.spread(u_MD)
             # 2. up, and what is positive stays
             h, low1 = first(x, part)
-            a = gated.forward(h, hidden)
-            h = detached(h if hidden.gated else a)
+            h = detached(h if hidden.gated else mx.maximum(h, 0))
             kept += [value for value in (x, h, low1) if value is not None]
             # 3. down
             if not unread:
-                y.append(second(a, part)[0])
+                y.append(second(act(h), part)[0])
         # 4. back to the tokens, weighted by the gates
         y_MD = mx.zeros(u_MD.shape, u_MD.dtype) if unread else _gather(y, at, u_MD, gate_Mk)
         return y_MD, *kept
@@ -181,13 +178,12 @@ def feed_forward(
     @mixture.vjp
     def mixture_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         u_MD, gate_Mk, *arrays = primals
-        first, second = layers(arrays)
+        first, second = w1.with_arrays(arrays[:split]), w2.with_arrays(arrays[split:])
         kept, dy_MD = iter(outputs[1:]), cotangents[0]
         dx, dgate, found = [], [mx.zeros((0,))], []
         for part in _parts(at):
             x, h, low1 = next(kept), next(kept), (next(kept) if first.a is not None else None)
-            a = gated.forward(h, hidden) if hidden.gated else h
-            dy = part.spread(dy_MD)
+            a, dy = act(h), part.spread(dy_MD)
             da, dlow2 = second.back(dy, part)
             dh, dgate_part = hidden_backward(da, h, gate_Mk, part, hidden)
             dx_part, dlow1 = first.back(dh, part)
