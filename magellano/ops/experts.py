@@ -100,12 +100,11 @@ def _forward(
     h, low1 = first(x, part)
     norm1 = first.norms(part, h)
     h = first.scaled(h, norm1, part)
-    a = gated.forward(h, hidden)
-    h = detached(h if hidden.gated else a)
+    h = detached(h if hidden.gated else mx.maximum(h, 0))
     if unread and second.m is None:
         return None, _Kept(x, h, low1, norm1, None, None)
     # 2. down
-    z2, _ = second(a if hidden.gated else h, part)
+    z2, _ = second(_active(h, hidden), part)
     norm2 = second.norms(part, z2)
     if norm2 is not None:
         z2 = detached(z2)
@@ -120,7 +119,7 @@ def _backward(
     before the gates.
     """
     x, h, low1, norm1, z2, norm2 = kept
-    a = gated.forward(h, hidden) if hidden.gated else h
+    a = _active(h, hidden)
     dm: list[list[mx.array]] = [[], []]  # as soon as may be, for on a CPU they would keep what they are made of
     if norm2 is not None:
         dm[1] = [detached((_products(part.weigh(dy, gate_Mk), z2) / norm2).swapaxes(1, 2))]
@@ -139,6 +138,11 @@ def _backward(
     elif second.trains:
         more += second.gradients(a, None, part.weigh(dy, gate_Mk), None)
     return dx, dgate, [*more, *dm[1]]
+
+
+def _active(h: mx.array, hidden: Hidden) -> mx.array:
+    """What the second layer takes, of what is kept: relu was taken already."""
+    return gated.forward(h, hidden) if hidden.gated else h
 
 
 def _products(p: mx.array, q: mx.array) -> mx.array:
