@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magellano import cli, loader
+from magellano import cli, export, loader
 from magellano.backend import mx
 from magellano.errors import InputError
 from magellano.generate import generate
@@ -108,6 +108,17 @@ def test_log_likelihoods_are_those_of_the_full_forward(model: MagellanoLM):
     plain = [(c, t) for c, t in likeliest if t.isascii() and TOKENIZER.encode(c + t)[:-1] == TOKENIZER.encode(c)]
     assert plain, "no continuation that is a token of its own: choose other contexts"
     assert all(greedy for _, greedy in adapter(model).loglikelihood(requests(*plain)))
+
+
+def test_mlx_lm_evaluates_an_export_alike(model: MagellanoLM, tmp_path: Path):
+    from mlx_lm.evaluate import MLXLM
+
+    export.mlx_lm(tmp_path / "m", model, TOKENIZER, "float32", chat=False)
+    theirs = MLXLM(str(tmp_path / "m"), trust_remote_code=True)
+    asked = [q for q in QUESTIONS if q and q == q.rstrip()]  # of blanks before a continuation it knows no rule
+    pairs = requests(*[(q, c) for q in (*asked, "One: 1, two:") for c in (" yes", " no, not at all")])
+    for got, wanted in zip(theirs.loglikelihood(pairs), adapter(model).loglikelihood(pairs), strict=True):
+        assert got == (pytest.approx(wanted[0], abs=1e-3), wanted[1])
 
 
 def test_a_whole_text_is_scored_however_long(model: MagellanoLM):
