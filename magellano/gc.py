@@ -27,12 +27,16 @@ WORK_DAYS = 7.0  # how long an interrupted stage may be continued
 
 @dataclass(frozen=True)
 class Item:
-    """Something that may go. `age`: seconds since it was last written."""
+    """Something that may go. `written`: when it last was, in seconds since 1970."""
 
     path: Path
     why: str
     bytes: int
-    age: float
+    written: float
+
+    @property
+    def age(self) -> float:
+        return time.time() - self.written
 
 
 def kept(store: Store, keep: int = KEEP) -> dict[Place, str]:
@@ -67,7 +71,7 @@ def plan(keep: int = KEEP) -> list[Item]:
     store = Store(home())
     reasons = kept(store, keep)
     found = [*_artifacts(reasons), *_left_over(), *_evaluations(reasons)]
-    return sorted(found, key=lambda item: (-item.age, item.path))
+    return sorted(found, key=lambda item: (item.written, item.path))
 
 
 def remove(items: list[Item]) -> int:
@@ -134,7 +138,7 @@ def _last_releases(store: Store, keep: int) -> Iterator[tuple[str, str]]:
 
 def _item(folder: Path, why: str) -> Item:
     newest = max((p.lstat().st_mtime for p in (folder, *folder.rglob("*"))), default=time.time())
-    return Item(folder, why, _size(folder), time.time() - newest)
+    return Item(folder, why, _size(folder), newest)
 
 
 def _size(folder: Path) -> int:

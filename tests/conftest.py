@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # float32 tests mean float32: MLX on CUDA multiplies in TF32 unless told
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, which children inherit
 
 _HOME = tempfile.mkdtemp(prefix="magellano-tests-")
 os.environ["MAGELLANO_HOME"] = _HOME  # before anything imports tasks, which settles Prefect's environment by it

@@ -27,7 +27,10 @@ class Chosen:
         folder = Path(run)
         if folder.is_dir() and not (folder / lora.CONFIG).is_file() and (folder / loader.CONFIG).is_file():
             return cls(folder.resolve(), None)
-        release = Release.find(run)
+        return cls.of(Release.find(run))
+
+    @classmethod
+    def of(cls, release: Release) -> "Chosen":
         return cls(release.folder, release)
 
     @property

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from magellano.commands.chosen import Chosen
     from magellano.commands.voices import Voices
     from magellano.completion import Completion
     from magellano.data.template import Template
@@ -120,6 +121,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from magellano.commands.voices import Voices
 
     chosen = Chosen.find(args.run)
+    if not args.use:
+        _template(args, chosen)  # what cannot be is said before a model is loaded
     from magellano import context
 
     voices, tokenizer = Voices.find(chosen, args), chosen.tokenizer()
@@ -135,26 +138,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"release": str(chosen.folder), **facts}
 
 
+def _template(args: argparse.Namespace, spoken: "Chosen") -> "Template | None":
+    """What --chat talks by; None for ours. InputError where that cannot be."""
+    from magellano.errors import InputError
+
+    template = spoken.template() if args.chat else None
+    if template is not None and args.state:
+        raise InputError(
+            "--chat: this release's chat template needs the messages, which --state does not hold; leave it out, or "
+            "give --prompt the text that the template makes"
+        )
+    return template
+
+
 def _session(
     args: argparse.Namespace, voices: "Voices", tokenizer: "Tokenizer", sampling: "Sampling", name: str, where: str
 ) -> Session:
     """With the adapter `name`, put on."""
     from magellano import generate
     from magellano.commands.chosen import Chosen
-    from magellano.errors import InputError
     from magellano.names import DataRender
 
     voice = voices.use(name, where)
     if voice.start is None:
         voice.start = generate.begin(voices.model, tokenizer.end_of_text)
-    template = None
-    if args.chat:
-        template = (voices.chosen if voice.release is None else Chosen(voice.release.folder, voice.release)).template()
-    if template is not None and args.state:
-        raise InputError(
-            "--chat: this release's chat template needs the messages, which --state does not hold; leave it out, or "
-            "give --prompt the text that the template makes"
-        )
+    spoken = voices.chosen if voice.release is None else Chosen.of(voice.release)
+    template = _template(args, spoken)
     toon = voice.release is not None and voice.release.profile.data.render is DataRender.TOON
     return Session(args, voices.model, tokenizer, sampling, voice.start, voices, name, template, toon)
 

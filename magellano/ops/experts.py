@@ -100,7 +100,7 @@ def _forward(
     h, low1 = first(x, part)
     norm1 = first.norms(part, h)
     h = first.scaled(h, norm1, part)
-    h = detached(h if hidden.gated else mx.maximum(h, 0))
+    h = detached(h if hidden.gated else gated.forward(h, hidden))
     if unread and second.m is None:
         return None, _Kept(x, h, low1, norm1, None, None)
     # 2. down

@@ -11,7 +11,9 @@ from magellano.names import Hidden
 
 
 def forward(h_nCX: mx.array, hidden: Hidden) -> mx.array:
-    """[.., F] in h's dtype from h [.., 2F]."""
+    """[.., F] in h's dtype from h [.., 2F]; for relu from h [.., F]."""
+    if hidden is Hidden.RELU:
+        return mx.maximum(h_nCX, 0)
     a, b = mx.split(h_nCX.astype(mx.float32), 2, axis=-1)
     return (_act(a, hidden)[0] * b).astype(h_nCX.dtype)
 
