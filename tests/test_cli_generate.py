@@ -163,7 +163,7 @@ class Trained:
     def __init__(self, model: MagellanoLM, **data: Any):
         self.folder, self.folders, self._model = Path("release"), [], model
         profile = SimpleNamespace(data=DataConfig(format="chat", files=("a",), **data))
-        self.release = SimpleNamespace(profile=profile)
+        self.release = SimpleNamespace(profile=profile, folder=Path())
 
     def model(self) -> MagellanoLM:
         return self._model
