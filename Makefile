@@ -23,7 +23,7 @@ down: setup
 
 # A process a core, four at most; the files go out in their order, so that the longest, with the servers, begins first.
 test: lint
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 # Against the real packages that models are exchanged with, which are no dependency (the extra `exchange`).
 peers: .venv/peers

@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +18,17 @@ for _name in [n for n in os.environ if n.startswith("PREFECT_")]:
     del os.environ[_name]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (`--dist loadgroup`) a file's tests share one, and so do those of one Prefect server."""
-    folder = Path(__file__).parent
-    for item in items:
-        part = item.path.relative_to(folder)
-        item.add_marker(pytest.mark.xdist_group("flows" if part.parts[0] == "flows" else str(part)))
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's, with `-n`
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share a process, and so do those of one Prefect server; files go out in their order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "tests/flows" if file.startswith("tests/flows/") else file
+
+    return Files(config, log)
 
 
 def pytest_unconfigure() -> None:
