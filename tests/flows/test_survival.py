@@ -107,6 +107,7 @@ def test_what_is_killed_is_made_good(
     server(site)
     wait("the training beyond it", lambda: training(site, 10), 60)
     os.kill(process, signal.SIGKILL)
+    wait("two nights more", lambda: sum(due(r, datetime.now(UTC)) for r in runs(client, night)) >= 4, 60)
     before, start = manifests(site), datetime.now(UTC)
     assert state(client, first.id) == "Running", "Prefect believes so"
 
