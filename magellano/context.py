@@ -40,12 +40,17 @@ def identity(folders: Sequence[Path]) -> bytes:
     return digest.digest()
 
 
-def save(path: Path, context: Context, model: bytes) -> None:
-    """Write `context` to `path`, whole or not at all; what stood there is replaced. InputError where it cannot be."""
+def check(path: Path) -> None:
+    """InputError where no state can be saved to `path`."""
     if path.suffix != SUFFIX:
         raise InputError(f"{path}: a state file ends in {SUFFIX}; name it so")
     if not path.parent.is_dir():
         raise InputError(f"{path}: its folder is not there; make it first")
+
+
+def save(path: Path, context: Context, model: bytes) -> None:
+    """Write `context` to `path`, whole or not at all; what stood there is replaced. InputError where it cannot be."""
+    check(path)
     tensors = {
         "model": mx.array(np.frombuffer(model, dtype=np.uint8)),
         "tokens": mx.array(context.tokens, dtype=mx.int32),

@@ -146,6 +146,8 @@ def test_a_conversation_goes_on_from_its_state(
     ("argv", "told"),
     [
         (["--prompts", "x", "--save-state", "s.safetensors"], "--save-state"),
+        (["--prompt", "x", "--save-state", "state"], "ends in .safetensors; name it so"),
+        (["--prompt", "x", "--save-state", "none/s.safetensors"], "its folder is not there; make it first"),
         (["--prompt", "x", "--system", "y"], "--system"),
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens"),
         (["--prompt", "x", "--stop", ""], "stop"),
@@ -154,7 +156,9 @@ def test_a_conversation_goes_on_from_its_state(
 )
 def test_what_does_not_go_together(argv: list[str], told: str, made: tuple[str, MagellanoLM], capsys: Any):
     assert cli.main(["generate", made[0], *argv]) == 2
-    assert told in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert told in err
+    assert not out, "it was said before anything was made"
 
 
 class Trained:

@@ -125,6 +125,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _template(args, chosen)  # what cannot be is said before a model is loaded
     from magellano import context
 
+    if args.save_state:
+        context.check(args.save_state)
     voices, tokenizer = Voices.find(chosen, args), chosen.tokenizer()
     identity = context.identity(voices.folders()) if args.state or args.save_state else b""
     if args.state:
