@@ -1,4 +1,5 @@
-"""Models from elsewhere, read into ours: `MambaForCausalLM` and `FalconMambaForCausalLM` as transformers writes them.
+"""Models from elsewhere, read into ours: `MambaForCausalLM` and `FalconMambaForCausalLM` as transformers writes them,
+or mlx-lm, which turns the convolution's weight.
 
 Files go through the same checks as our own: strict JSON, safetensors headers against the shapes that config.json asks
 for, no links, nothing pickled. What a config asks for and we do not have is an InputError, not a guess.
@@ -15,10 +16,10 @@ from pydantic import ValidationError
 from magellano import files, loader
 from magellano.backend import mx
 from magellano.errors import InputError
-from magellano.layout import EMBEDDING, HEAD, ParamSpec
+from magellano.layout import EMBEDDING, HEAD, ParamSpec, parameters
 from magellano.profile import ModelConfig
 
-REMEDY = "give a folder with a Mamba or Falcon-Mamba model as transformers saves it, in safetensors"
+REMEDY = "give a folder with a Mamba or Falcon-Mamba model as transformers or mlx-lm saves it, in safetensors"
 KINDS = ("mamba", "falcon_mamba")
 # What must have one value for the model to be ours, and the value where a config.json leaves it out.
 FIXED = {"hidden_act": "silu", "use_bias": False, "use_conv_bias": True, "rms_norm": True}
@@ -37,10 +38,14 @@ class Foreign:
         model has a head that is not its embedding.
         """
         config = self.config
-        held = loader.Files(self.folder, config, {HEAD: (config.vocab_size, config.d_model)} if config.tied else None)
+        head = {HEAD: (config.vocab_size, config.d_model)} if config.tied else None
+        convolutions = [s for s in parameters(config) if s.name.endswith(".conv1d.weight")]
+        held = loader.Files(self.folder, config, head, {s.name: _turned(s.shape) for s in convolutions})
 
         def take(spec: ParamSpec) -> mx.array:
-            value = held.take(spec.name, spec.shape)
+            value = held.take(spec.name)
+            if value.shape != spec.shape:
+                value = mx.contiguous(value.swapaxes(1, 2))
             second = held.take(HEAD) if spec.name == EMBEDDING and config.tied and HEAD in held else value
             if not mx.array_equal(second, value).item():
                 what = "tie_word_embeddings is true, but lm_head is another matrix"
@@ -48,6 +53,11 @@ class Foreign:
             return value
 
         return take
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    channels, one, width = shape
+    return channels, width, one
 
 
 def read(folder: Path) -> Foreign:

@@ -106,12 +106,19 @@ class Files:
     """
 
     def __init__(
-        self, folder: Path, config: ModelConfig | None = None, more: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        folder: Path,
+        config: ModelConfig | None = None,
+        more: Mapping[str, tuple[int, ...]] | None = None,
+        turned: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        """`config` where config.json is not ours; `more`: tensors by shape that may be there besides."""
+        """`config` where config.json is not ours; `more`: tensors by shape that may be there besides; `turned`: shapes
+        that are taken too.
+        """
         self.folder = folder
         specs = parameters(config or read_config(folder)[0])
         self._allowed = _allowed(specs) | {name: (shape, FLOATS) for name, shape in (more or {}).items()}
+        self._turned = turned or {}
         self._lazy: dict[str, mx.array] = {}
         for file, named in self._shards().items():
             self._lazy |= load_file(folder / file, functools.partial(self._check, file, named))
@@ -156,7 +163,7 @@ class Files:
             if name not in self._allowed:
                 raise InputError(f"{path}: tensor {name} belongs to no parameter of {CONFIG}'s model; {REMEDY}")
             shape, dtypes = self._allowed[name]
-            if entry.shape != shape:
+            if entry.shape not in (shape, self._turned.get(name)):
                 raise InputError(f"{path}: tensor {name} has shape {entry.shape}, the config says {shape}; {REMEDY}")
             if entry.dtype not in dtypes:
                 raise InputError(f"{path}: tensor {name} is {entry.dtype}; save it as {' or '.join(dtypes)}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from magellano import cli, export, generate, merge
+from magellano import cli, export, foreign, generate, merge
 from magellano.backend import mx
 from magellano.data import formats
 from magellano.data.shapes import conversation
@@ -57,6 +57,25 @@ def test_logits_are_ours(pair: Pair):
     for length in (1, 32, 33, 100):  # the scan's chunks are of 32
         tokens = mx.array(np.random.default_rng(length).integers(0, 300, (2, length)))
         assert close(theirs(tokens), ours(tokens))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_mamba_that_it_saved_is_imported(tied: bool, tmp_path: Path):
+    from mlx_lm.models import mamba
+    from mlx_lm.utils import save_config, save_model
+
+    config = {
+        "model_type": "mamba", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "state_size": 4,
+        "num_hidden_layers": 2, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 3,
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+    theirs = mamba.Model(mamba.ModelArgs.from_dict(config))
+    save_model(tmp_path, theirs)
+    save_config(config, tmp_path / "config.json")
+    found = foreign.read(tmp_path)
+    mine = MagellanoLM(found.config, found.source())
+    tokens = mx.array(np.random.default_rng(0).integers(0, 300, (2, 17)))
+    np.testing.assert_allclose(np.array(mine(tokens)), np.array(theirs(tokens)), atol=1e-4)
 
 
 def test_rows_of_lengths_of_their_own_are_merged(tmp_path: Path):
