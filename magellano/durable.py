@@ -4,6 +4,7 @@ temporary folder beside it -> write -> fsync -> re-read and hash -> seal written
 `mx.save_safetensors` alone truncates in place and does not fsync: killed in a loop, most of its files were unreadable.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +21,21 @@ MANIFEST_BYTES = 64 << 20
 SELF = "seal"  # in a manifest: SHA-256 of its own text, with zeros in this place
 _UNSEALED = "0" * 64
 _OLD = f"{TEMPORARY}old-"
+
+
+def held(path: Path) -> bool:
+    """Whether a living process has locked this file or folder (`flock`, which death releases); False if it is not."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who ask must not take each other for a holder
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
 
 
 def private_folder(folder: Path) -> Path:

@@ -25,7 +25,7 @@ from magellano.errors import Aborted, InputError, OutOfMemory, Stopped
 from magellano.names import Fault, Stage
 from magellano.profile import Profile, TrainConfig
 from magellano.progress import Progress
-from magellano.signals import StopRequest
+from magellano.signals import StopRequest, end_process
 
 log = logging.getLogger(__name__)
 
@@ -233,12 +233,7 @@ class _Child:
     def _end(self) -> None:
         """Where following was broken off: as on a signal, but bounded."""
         if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            end_process(self._process, PATIENCE)
 
     def _of_error(self, error: dict[str, Any]) -> _End:
         text = " ".join(error["text"].split()) or error["type"]

@@ -11,7 +11,7 @@ import sys
 import time
 from types import FrameType
 
-from magellano import site
+from magellano import signals, site
 
 STEADY_S = 60.0  # who lived so long is started again at once
 LONGEST_S = 30.0  # between two starts
@@ -53,14 +53,8 @@ class Kept:
 
     def end(self) -> None:
         """By SIGTERM, after GRACE_S by SIGKILL."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None and self._process.poll() is None:
+            signals.end_process(self._process, GRACE_S)
 
 
 def main(pool: str) -> None:

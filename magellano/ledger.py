@@ -158,7 +158,7 @@ def _read(folder: Path) -> Record | None:
         return None  # its process died before it had written anything, or is about to
     try:
         record = Record.model_validate(files.read_json(folder / RUN, "remove the folder", durable.MANIFEST_BYTES))
-        if record.state is RunState.GOING and _dead(folder):
+        if record.state is RunState.GOING and not durable.held(folder):
             record = Record.model_validate(
                 files.read_json(folder / RUN, "remove the folder", durable.MANIFEST_BYTES)
             )  # it may have ended now
@@ -168,18 +168,6 @@ def _read(folder: Path) -> Record | None:
     except (InputError, ValidationError) as e:
         log.warning("%s: left out, it is no record of a run: %s", folder, files.told(e))
         return None
-
-
-def _dead(folder: Path) -> bool:
-    """Whether no process holds the run's folder."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def numbers(summaries: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +39,16 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+
+
+def end_process(process: subprocess.Popen[Any], seconds: float) -> None:
+    """By SIGTERM, after `seconds` by SIGKILL; waits for it."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def interrupt_on_term() -> None:

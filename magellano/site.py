@@ -50,17 +50,7 @@ def folder() -> Path:
 def running(part: Part) -> dict[str, Any] | None:
     """pid, url and pool of the living process; None where there is none. Makes no folder."""
     path = artifacts.home() / "site" / f"{part}.json"
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return dict(files.read_json(path, f"end the {part} by hand and remove it"))
-    finally:
-        os.close(fd)
+    return dict(files.read_json(path, f"end the {part} by hand and remove it")) if durable.held(path) else None
 
 
 def url() -> str:

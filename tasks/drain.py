@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from magellano import artifacts
+from magellano import artifacts, durable
 
 PATIENCE = 75.0  # seconds; Prefect kills a cancelled run after 30, tasks/restarts.py one without a worker after 60
 
@@ -51,9 +51,8 @@ def _alive(client: Any, pool: str) -> list[Any]:
 
 def _of_this_home(run: UUID) -> bool:
     """Whether it lives in a process of this home, which may have lost its worker."""
-    from tasks import presence
 
-    return presence.held(artifacts.home() / "runs" / f"{run}.json")
+    return durable.held(artifacts.home() / "runs" / f"{run}.json")
 
 
 def _of_worker(run: UUID, worker: int) -> bool:

@@ -34,7 +34,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 from prefect.types._datetime import now
 
-from magellano import artifacts, files, turns
+from magellano import artifacts, durable, files, turns
 from magellano.errors import InputError
 from tasks import background, settings, terminal
 
@@ -112,24 +112,10 @@ def living(folder: Path) -> list[tuple[UUID, int]]:
     """Flow run and process of each run of this machine that lives."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        if held(path) and (facts := _read(path)) and facts["machine"] == _machine() and isinstance(facts["pid"], int):
+        facts = _read(path) if durable.held(path) else None
+        if facts and facts["machine"] == _machine() and isinstance(facts["pid"], int):
             found.append((UUID(facts["flow_run"]), facts["pid"]))
     return found
-
-
-def held(path: Path) -> bool:
-    """Whether the process of this record lives."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
 
 
 def _settled(

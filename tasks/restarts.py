@@ -32,7 +32,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.types._datetime import now
 
-from magellano import artifacts, history, site
+from magellano import artifacts, durable, history, site
 from tasks import presence, prune
 
 log = logging.getLogger("magellano.tasks")
@@ -142,7 +142,7 @@ def _lost_before_they_began(client: SyncPrefectClient, pool: str, folder: Path) 
     if {worker.name for worker in client.read_workers_for_work_pool(pool)} != {site.worker_name(pool)}:
         return []
     alive = _flow_runs_of_processes()
-    return [run for run in found if str(run.id) not in alive and not presence.held(folder / f"{run.id}.json")]
+    return [run for run in found if str(run.id) not in alive and not durable.held(folder / f"{run.id}.json")]
 
 
 def _flow_runs_of_processes() -> set[str]:
