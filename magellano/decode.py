@@ -109,6 +109,9 @@ def _mamba(layer: "Layer") -> Step:
     r, n, inner = mixer.config.dt_rank, mixer.config.d_state, mixer.config.d_inner
     into, split, dt_of, out_of = map(_product, (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj))
     weight_IK = mixer.conv1d.weight.squeeze(1)
+    # A step looks for no gaps, and a broadcast array, as seeded weights are, holds fewer values than it shows
+    A_IN, skip_I, bias_I = (mx.contiguous(a) for a in (mixer.A_log, mixer.D, mixer.dt_proj.bias))
+    mx.eval(A_IN, skip_I, bias_I)
 
     def step(h_BD: mx.array, state: MambaState | None) -> tuple[mx.array, MambaState | None]:
         assert state is not None
@@ -118,8 +121,8 @@ def _mamba(layer: "Layer") -> Step:
         dt_BR, b_BN, c_BN = mixer.normed(dt_BR, b_BN, c_BN)
         dt_BI, z_BI = dt_of(dt_BR, Around()), mx.split(xz_BX, [inner], axis=-1)[1]
         scanned = selective_scan(
-            x_BI[:, None], dt_BI[:, None], mixer.A_log, b_BN[:, None], c_BN[:, None], mixer.D, z_BI[:, None],
-            mixer.dt_proj.bias, None, state.scan_BIN, return_state=True, log_A=True, no_gradient=True,
+            x_BI[:, None], dt_BI[:, None], A_IN, b_BN[:, None], c_BN[:, None], skip_I, z_BI[:, None],
+            bias_I, None, state.scan_BIN, return_state=True, log_A=True, no_gradient=True,
         )  # fmt: skip
         y, scan_BIN = scanned
         return out_of(y.squeeze(1), Around(residual_MO=h_BD)), MambaState(conv_BKI, scan_BIN)

@@ -218,6 +218,8 @@ class Kernel:
         assert all(g % t == 0 for g, t in zip(grid, threadgroup, strict=True)), f"{self.name}: {grid} {threadgroup}"
         prepared = [self._prepare(n, a) for n, a in zip(self.inputs, inputs, strict=True)]
         if dialect() is Dialect.HOST:
+            if gapless:
+                self._check_gapless(prepared)
             return self._run_on_host(prepared, template, grid, threadgroup, output_shapes, output_dtypes, reuse or {})
         if self._strided and not gapless:  # else MLX does it
             prepared = self._packed(prepared)
@@ -267,6 +269,12 @@ class Kernel:
         """
         named, kept = zip(self.inputs, inputs, strict=True), {*self._strided, *self.made}
         return [a if name in kept or a is nothing() else mx.contiguous(a) for name, a in named]
+
+    def _check_gapless(self, inputs: Sequence[mx.array]) -> None:
+        """What a GPU would not notice: it reads such arrays as they lie."""
+        host.evaluate(inputs, self.name)
+        for name, a in zip(self.inputs, inputs, strict=True):
+            assert name in self._strided or host.view(a).flags.c_contiguous, f"{self.name}: {name} has gaps"
 
     def _run_on_gpu(self, inputs, template, grid, threadgroup, shapes, dtypes) -> list[mx.array]:  # type: ignore[no-untyped-def]
         d = dialect()
