@@ -52,7 +52,7 @@ class Compiler:
 
 
 class KernelBuildError(RuntimeError):
-    """The system's C++ compiler refused a kernel; the message holds its output."""
+    """The system's C++ compiler, or NVRTC, refused a kernel; the message holds its output."""
 
 
 class TracedError(RuntimeError):
@@ -106,10 +106,13 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise InputError(
-            f"cannot write the kernel cache {folder}: {e.strerror}; set MAGELLANO_CACHE to a writable folder"
-        ) from None
+        raise unwritable(folder, e) from None
     return folder
+
+
+def unwritable(folder: Path, e: OSError) -> InputError:
+    """The error of a cache that cannot be written, with the remedy."""
+    return InputError(f"cannot write the kernel cache {folder}: {e.strerror}; set MAGELLANO_CACHE to a writable folder")
 
 
 def source(

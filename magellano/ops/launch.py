@@ -1,8 +1,9 @@
 """The launcher: picks, once per process, the dialect that kernel texts run in, says why, and calls them.
 
-A kernel is one text in kernels/, the body of a Metal function. METAL hands it to `mx.fast.metal_kernel`, CUDA to
-`mx.fast.cuda_kernel` with kernels/cuda.h in front, HOST compiles it as C++ with kernels/host.h in front (see host.py).
-REFERENCE runs no kernel: every operation has a plain-MLX form beside it.
+A kernel is one text in kernels/, the body of a Metal function. METAL hands it to `mx.fast.metal_kernel`. CUDA compiles
+it with kernels/cuda.h in front (see cuda.py), save a text that reads strides: that goes to `mx.fast.cuda_kernel`. HOST
+compiles it as C++ with kernels/host.h in front (see host.py). REFERENCE runs no kernel: every operation has a plain-MLX
+form beside it.
 """
 
 import functools
@@ -18,7 +19,7 @@ from typing import Any
 
 from magellano.backend import mx, on_gpu
 from magellano.errors import InputError
-from magellano.ops import host
+from magellano.ops import cuda, host
 from magellano.ops.host import KERNELS, Template, TracedError
 
 __all__ = [
@@ -276,7 +277,40 @@ class Kernel:
         for name, a in zip(self.inputs, inputs, strict=True):
             assert name in self._strided or host.view(a).flags.c_contiguous, f"{self.name}: {name} has gaps"
 
+    @functools.cached_property
+    def _measured(self) -> tuple[int, ...]:
+        """The numbers of the inputs whose sizes a CUDA kernel takes as scalars."""
+        return tuple(i for i, n in enumerate(self.inputs) if f"{n}_shape" in self.body)
+
     def _run_on_gpu(self, inputs, template, grid, threadgroup, shapes, dtypes) -> list[mx.array]:  # type: ignore[no-untyped-def]
+        extra = {"init_value": float("nan")} if _mode.poison else {}
+        if dialect() is Dialect.CUDA and not self._strided:  # strides are known to MLX alone, when it evaluates
+            run = self._precompiled(inputs, template, dtypes)
+            return run(inputs, output_shapes=shapes, output_dtypes=dtypes, grid=grid, threadgroup=threadgroup, **extra)
+        return list(
+            self._made_by_mlx(inputs)(
+                inputs=list(inputs),
+                template=list(template.items()),
+                grid=grid,
+                threadgroup=threadgroup,
+                output_shapes=list(shapes),
+                output_dtypes=list(dtypes),
+                **extra,
+            )
+        )
+
+    def _precompiled(self, inputs: Sequence[mx.array], template: Template, dtypes: Sequence[mx.Dtype]) -> cuda.Built:
+        axes = tuple(inputs[i].ndim for i in self._measured)
+        key = (Dialect.CUDA, tuple(a.dtype for a in inputs), tuple(dtypes), tuple(template.items()), axes)
+        if key not in self._built:
+            types_in = {n: a.dtype for n, a in zip(self.inputs, inputs, strict=True)}
+            types_out = dict(zip(self.outputs, dtypes, strict=True))
+            dimensions = {self.inputs[i]: count for i, count in zip(self._measured, axes, strict=True)}
+            built = cuda.build(self.name, self.body, self.header, types_in, types_out, template, dimensions)
+            self._built[key] = built
+        return self._built[key]
+
+    def _made_by_mlx(self, inputs: Sequence[mx.array]) -> Any:
         d = dialect()
         key = (d, tuple(a.dtype for a in inputs))
         if key not in self._built:
@@ -292,18 +326,7 @@ class Kernel:
                 header=header,
                 ensure_row_contiguous=not self._strided,  # else _packed does it
             )
-        extra = {"init_value": float("nan")} if _mode.poison else {}
-        return list(
-            self._built[key](
-                inputs=list(inputs),
-                template=list(template.items()),
-                grid=grid,
-                threadgroup=threadgroup,
-                output_shapes=list(shapes),
-                output_dtypes=list(dtypes),
-                **extra,
-            )
-        )
+        return self._built[key]
 
     def gpu_header(self, d: Dialect) -> str:
         """What MLX puts in front of the body: the dialect's header, common.h and the kernel's own."""
