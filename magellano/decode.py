@@ -5,21 +5,24 @@ Shapes: B sequences, D d_model, I d_inner, N d_state, R dt_rank, V vocabulary, k
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from magellano.backend import mx, tree_flatten
 from magellano.linear import Adapted, Embedding, ExpertProjection, Projection, merged
-from magellano.mamba import Mamba, MambaState
+from magellano.mamba import DtProjection, Mamba, MambaState
 from magellano.moe import MoE
 from magellano.names import FinalNorm, Gate
 from magellano.nf4 import NF4Stack, NF4Tensor
 from magellano.ops import launch, selective_scan
 from magellano.ops.around import Around
+from magellano.ops.chain import Chain, columns
 from magellano.ops.decode import conv_step, matvec, nf4_rows
 from magellano.ops.experts import Layer as ExpertLayer
 from magellano.ops.experts import feed_forward_few
+from magellano.ops.launch import Dialect
 from magellano.ops.moe import route
 from magellano.ops.nf4 import BLOCK, GPU_ROWS, HOST_ROWS, nf4_matvec
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 State = list[MambaState | None]
 Step = Callable[[mx.array, MambaState | None], tuple[mx.array, MambaState | None]]  # of a layer: h_BD and its state
+CHAINED_EXPERTS = 32  # whose counters fit beside everything else that a layer's one launch keeps
 _SMALL = 1 << 19  # values: an NF4 matrix up to this size is held dense, its adapter added, while decoding
 
 
@@ -35,15 +39,19 @@ class Decoder:
     """`decoder(tokens_B, state) -> (logits_BV float32, state)`, for as many sequences at a time as `serves` says.
 
     Small matrices are made dense once, here; everything else is read as the model holds it, so the model must not
-    change while this is in use.
+    change while this is in use. `chained`: whether the launches of a layer are one (ops/chain.py), by default as the
+    device and the model allow.
     """
 
-    def __init__(self, model: "MagellanoLM"):
+    def __init__(self, model: "MagellanoLM", chained: bool | None = None):
         self.model = model
         codes = any(_from_codes(m) for _, m in model.named_modules() if isinstance(m, Adapted))
         self.rows = HOST_ROWS if codes and not launch.gpu_geometry() else GPU_ROWS
         self.embeddings, self.head = _merged(model.backbone.embeddings), _merged(model.head)
         self.steps = [_mamba(x) if isinstance(x.mixer, Mamba) else _moe(x) for x in model.backbone.layers]
+        self.single = _single(model) if chained is None else None if chained else "asked for"
+        if self.single is None:  # a layer is one launch; else `single` says why it is several
+            self.steps = [_chained(step, x) for step, x in zip(self.steps, model.backbone.layers, strict=True)]
 
     def serves(self, batch: int) -> bool:
         """Whether few rows are so few that this is faster than `MagellanoLM.step`, which makes weights dense."""
@@ -99,6 +107,46 @@ class Decoder:
         return _adapted(self.model.head, h_BD, norm, mx.float32)
 
 
+def _single(model: "MagellanoLM") -> str | None:
+    """Why the launches of a layer cannot be one; None: they can."""
+    config = model.config
+    if launch.dialect() is not Dialect.CUDA:
+        return f"the {launch.dialect()} dialect has no threadgroups that wait for one another"
+    if os.environ.get("MLX_USE_CUDA_GRAPHS") != "0":
+        return "in MLX's CUDA graphs two such launches could wait for each other"
+    if config.dt_norm_eps or config.d_state & (config.d_state - 1):
+        return "the model norms dt, B and C, or has a number of states that is no power of two"
+    if config.hidden.gated or config.gate is not Gate.SOFTMAX or config.n_experts > CHAINED_EXPERTS:
+        return f"the model's experts are gated, chosen in another way, or more than {CHAINED_EXPERTS}"
+    for name, module in model.named_modules():
+        if not isinstance(module, Adapted) or not name.startswith("backbone.layers"):
+            continue
+        if module.gains() is not None:
+            return f"{name} has a DoRA adapter"
+        if _from_codes(module) and (module.base.shape[-1] % BLOCK or isinstance(module, DtProjection)):
+            return f"{name} has rows that no kernel reads from their codes where they lie"
+    return None
+
+
+def _chained(step: Step, layer: "Layer") -> Step:
+    """The same in one launch."""
+    kind, chains = str(layer.kind), dict[object, Chain]()
+
+    def flattened(h_BD: mx.array, *arrays: mx.array) -> list[mx.array]:
+        h_BD, state = step(h_BD, MambaState(*arrays) if arrays else None)
+        return [h_BD, *(state or ())]
+
+    def chained(h_BD: mx.array, state: MambaState | None) -> tuple[mx.array, MambaState | None]:
+        arrays = [h_BD, *(state or ())]
+        key = h_BD.shape[0], h_BD.dtype
+        if key not in chains:
+            chains[key] = Chain(kind, flattened, arrays)
+        h_BD, *after = chains[key](*arrays)
+        return h_BD, MambaState(*after) if after else None
+
+    return chained
+
+
 def _norm(norm: "RMSNorm") -> Around:
     return Around(norm_I=norm.weight, eps=norm.eps)
 
@@ -117,9 +165,9 @@ def _mamba(layer: "Layer") -> Step:
         assert state is not None
         xz_BX = into(h_BD, norm)
         x_BI, conv_BKI = conv_step(xz_BX, weight_IK, mixer.conv1d.bias, state.conv_BKI)
-        dt_BR, b_BN, c_BN = mx.split(split(x_BI, Around()), [r, r + n], axis=-1)
+        dt_BR, b_BN, c_BN = columns(split(x_BI, Around()), r, r + n)
         dt_BR, b_BN, c_BN = mixer.normed(dt_BR, b_BN, c_BN)
-        dt_BI, z_BI = dt_of(dt_BR, Around()), mx.split(xz_BX, [inner], axis=-1)[1]
+        dt_BI, z_BI = dt_of(dt_BR, Around()), columns(xz_BX, inner)[1]
         scanned = selective_scan(
             x_BI[:, None], dt_BI[:, None], A_IN, b_BN[:, None], c_BN[:, None], skip_I, z_BI[:, None],
             bias_I, None, state.scan_BIN, return_state=True, log_A=True, no_gradient=True,
@@ -137,7 +185,7 @@ def _moe(layer: "Layer") -> Step:
     router_ED, k = mixer.router.weight, mixer.config.top_k
 
     def step(h_BD: mx.array, _: MambaState | None) -> tuple[mx.array, MambaState | None]:
-        routing = route(matvec(h_BD, router_ED, None, norm, mx.float32), k)
+        routing = route(matvec(h_BD, router_ED, None, norm, mx.float32), k, no_gradient=True)
         return feed_forward_few(h_BD, norm, routing.gate_Mk, routing.expert_Mk, w1, w2), None
 
     def whole(h_BD: mx.array, _: MambaState | None) -> tuple[mx.array, MambaState | None]:

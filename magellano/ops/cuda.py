@@ -31,7 +31,7 @@ _NO_HEADERS = (
     "nvidia-cuda-runtime, or set CUDA_HOME to a CUDA toolkit"
 )
 _DIGEST = 32  # bytes of SHA-256 in front of the machine code in a file
-_C_TYPES = {
+C_TYPES = {
     mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.bool_: "bool",
     mx.uint8: "uint8_t", mx.uint16: "uint16_t", mx.uint32: "uint32_t", mx.uint64: "uint64_t",
     mx.int8: "int8_t", mx.int16: "int16_t", mx.int32: "int32_t", mx.int64: "int64_t",
@@ -121,6 +121,20 @@ def architecture() -> str:
     return f"sm_{info['compute_capability_major']}{info['compute_capability_minor']}"
 
 
+@functools.cache
+def processors() -> int:
+    """How many multiprocessors the default device has. Raises InputError where the driver does not say."""
+    found, multiprocessor_count = ctypes.c_int(), 16
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        failed = driver.cuDeviceGetAttribute(ctypes.byref(found), multiprocessor_count, 0)
+    except OSError as e:
+        raise InputError(f"the CUDA driver cannot be asked for the number of multiprocessors: {e}") from None
+    if failed or found.value < 1:
+        raise InputError(f"the CUDA driver does not tell the number of multiprocessors: error {failed}")
+    return found.value
+
+
 def prelude() -> str:
     """What stands before the texts of a kernel's own header: CUDA's 16-bit types, the dialect's header, common.h."""
     widths = [
@@ -143,19 +157,19 @@ def source(
     its body. Its parameters: a pointer for each input and output, then as int scalars the sizes of the inputs that
     `dimensions` names, with the number of their axes.
     """
-    parameters = [f"const {_C_TYPES[t]}* {n}" for n, t in inputs.items()]
-    parameters += [f"{_C_TYPES[t]}* {n}" for n, t in outputs.items()]
+    parameters = [f"const {C_TYPES[t]}* {n}" for n, t in inputs.items()]
+    parameters += [f"{C_TYPES[t]}* {n}" for n, t in outputs.items()]
     sizes = {n: [f"{n}_shape_{axis}" for axis in range(count)] for n, count in dimensions.items()}
     parameters += [f"const int {size}" for of_one in sizes.values() for size in of_one]
     shapes = [f"  const int {n}_shape[{len(of_one)}] = {{{', '.join(of_one)}}};" for n, of_one in sizes.items()]
-    constants = [_constant(n, value) for n, value in template.items()]
+    constants = [constant(n, value) for n, value in template.items()]
     signature = f'extern "C" __global__ void {name}({", ".join(parameters)}) {{'
     return "\n".join([prelude(), header, signature, *shapes, *constants, body, "}", ""])
 
 
-def _constant(name: str, value: mx.Dtype | int | bool) -> str:
+def constant(name: str, value: mx.Dtype | int | bool) -> str:
     if isinstance(value, mx.Dtype):
-        return f"  using {name} = {_C_TYPES[value]};"
+        return f"  using {name} = {C_TYPES[value]};"
     if isinstance(value, bool):
         return f"  constexpr bool {name} = {str(value).lower()};"
     return f"  constexpr int {name} = {value};"

@@ -12,12 +12,13 @@ from magellano.ops import around as surroundings
 from magellano.ops import launch
 from magellano.ops.around import Around, bits, placeholder
 from magellano.ops.causal_conv import reference as conv_reference
+from magellano.ops.chain import row_stride
 from magellano.ops.host import KERNELS
 from magellano.ops.launch import Kernel
 from magellano.ops.lazy import constant, plain
 from magellano.ops.nf4 import BLOCK, SCALE_BLOCK, Parts, rows_together, scale_values, splits, values
 
-_MATVEC = Kernel("matvec", ("x", "expert", "w", *surroundings.INPUTS), ("y",), header=surroundings.HEADER)
+_MATVEC = Kernel("matvec", ("x", "expert", "w", *surroundings.INPUTS), ("y",), header=surroundings.HEADER, wide=("x",))
 _CONV = Kernel("conv_step", ("x", "weight", "bias", "state"), ("y", "next"))
 _ROWS = Kernel(
     "nf4_rows",
@@ -53,8 +54,8 @@ def matvec(
         [x_MI, _no_experts() if expert_M is None else expert_M.astype(mx.int32), w, *around.arrays()],
         template={
             "TW": w.dtype, "V": pack, "AT_ONCE": at_once, "OUTS": outs, "SG": simdgroups, "SPLIT": split,
-            "ROWS": together, "I_SIZE": I, "O_SIZE": O, "GATHER": expert_M is not None, "SHARE": M // rows,
-            **around.template(x_MI, out),
+            "ROWS": together, "I_SIZE": I, "X_ROW": row_stride(x_MI), "O_SIZE": O, "GATHER": expert_M is not None,
+            "SHARE": M // rows, **around.template(x_MI, out),
         },
         grid=(-(-O // (outs * simdgroups // split)) * _THREADS, -(-M // together), 1),
         threadgroup=(_THREADS, 1, 1),
@@ -86,11 +87,12 @@ def conv_step(x_BX: mx.array, weight_IK: mx.array, bias_I: mx.array, state_BKI: 
         x_B1I = x_BX[:, None, :I]
         y = conv_reference(x_B1I, weight_IK, bias_I, None, state_BKI)
         return y.squeeze(1), mx.concatenate([state_BKI[:, 1:], x_B1I.astype(state_BKI.dtype)], axis=1)[:, : K - 1]
+    threads = launch.threads(_SMALL_THREADS)
     y_BI, next_BKI = _CONV(
         [x_BX, weight_IK, bias_I, state_BKI],
         template={"T": x_BX.dtype, "K": K, "WIDTH": wide // I, "CPT": 1},
-        grid=(-(-I // _SMALL_THREADS) * _SMALL_THREADS, B, 1),
-        threadgroup=(_SMALL_THREADS, 1, 1),
+        grid=(-(-I // threads) * threads, B, 1),
+        threadgroup=(threads, 1, 1),
         host_template={"CPT": _HOST_CHANNELS},
         host_grid=(-(-I // _HOST_CHANNELS), B, 1),
         output_shapes=[(B, I), state_BKI.shape],

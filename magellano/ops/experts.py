@@ -20,7 +20,9 @@ from magellano.ops.lazy import detached, plain
 from magellano.ops.moe import Places, rows
 
 _HIDDEN_BACKWARD = Kernel("moe_hidden_backward", ("da", "a", "gate", "copy"), ("dh", "dgate"))
+_MIX = Kernel("moe_mix", ("h", "gate", "y"), ("out",))
 _THREADS = 256  # of a threadgroup on a GPU
+_HOST_COLUMNS = 1024  # of one host thread
 
 
 def feed_forward(
@@ -156,14 +158,28 @@ def feed_forward_few(
     """h + the mixture's output for norm(h), in h's dtype, for few rows, as in decoding: every token copy reads its
     expert, so that nothing is sorted and nothing waits for the routing. No gradient.
     """
-    (M, k), D = gate_Mk.shape, h_MD.shape[1]
     expert_S = expert_Mk.reshape(-1)
     a_SF = w1.each(h_MD, expert_S, replace(norm, relu=True))
-    y_MkD = w2.each(a_SF, expert_S).reshape(M, k, D)
-    made = h_MD.reshape(M, 1, D).astype(mx.float32)
-    for gate, y in zip(mx.split(gate_Mk.reshape(M, k, 1), k, axis=1), mx.split(y_MkD, k, axis=1), strict=True):
-        made = made + gate * y.astype(mx.float32)
-    return made.astype(h_MD.dtype).reshape(M, D)
+    return _mix(h_MD, gate_Mk, w2.each(a_SF, expert_S))
+
+
+def _mix(h_MD: mx.array, gate_Mk: mx.array, y_SD: mx.array) -> mx.array:
+    """h + each row's copies in y times their gates."""
+    (M, k), D = gate_Mk.shape, h_MD.shape[1]
+    if plain(h_MD, gate_Mk, y_SD):
+        y_MkD = y_SD.reshape(M, k, D).astype(mx.float32)
+        return (h_MD.astype(mx.float32) + (gate_Mk[..., None] * y_MkD).sum(axis=1)).astype(h_MD.dtype)
+    out_MD: mx.array = _MIX(
+        [h_MD, gate_Mk, y_SD],
+        template={"T": h_MD.dtype, "D_SIZE": D, "K": k, "CPT": 1},
+        grid=(-(-D // _THREADS) * _THREADS, M, 1),
+        threadgroup=(_THREADS, 1, 1),
+        host_template={"CPT": _HOST_COLUMNS},
+        host_grid=(-(-D // _HOST_COLUMNS), M, 1),
+        output_shapes=[(M, D)],
+        output_dtypes=[h_MD.dtype],
+    )[0]
+    return out_MD
 
 
 def _parts(at: Places) -> Iterator[Part]:

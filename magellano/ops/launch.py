@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,7 +24,7 @@ from magellano.ops.host import KERNELS, Template, TracedError
 
 __all__ = [
     "Dialect", "Kernel", "TracedError", "available", "dialect", "flags", "gpu_geometry", "nothing", "on_fibers",
-    "poisoned", "traced", "use", "why",
+    "poisoned", "recorded", "threads", "traced", "use", "why",
 ]  # fmt: skip
 
 _SMALLEST = 8  # Metal passes arrays of fewer elements in another address space; they are padded instead
@@ -50,6 +50,8 @@ class _Mode:
     dialect: Dialect | None = None
     fibers: bool = False
     poison: bool = False
+    recorder: Callable[..., Any] | None = None  # of launches that are noted and not made
+    threads: int = 0  # of every threadgroup; 0: as each launch likes
 
 
 _mode = _Mode()
@@ -131,6 +133,24 @@ def poisoned() -> Iterator[None]:
         _mode.poison = before
 
 
+@contextmanager
+def recorded(by: Callable[..., Any], threads: int) -> Iterator[None]:
+    """Inside the `with` kernels are not launched but handed to `by`, which gives what stands in for their outputs; all
+    have threadgroups of `threads`. See chain.py.
+    """
+    before = _mode.recorder, _mode.threads
+    _mode.recorder, _mode.threads = by, threads
+    try:
+        yield
+    finally:
+        _mode.recorder, _mode.threads = before
+
+
+def threads(usual: int) -> int:
+    """How many threads a threadgroup has on a GPU, for launches that work with any number."""
+    return _mode.threads or usual
+
+
 def gpu_geometry() -> bool:
     """True where kernels are launched as on a GPU: 32-wide simdgroups, several threads per group. Else the host's
     geometry: one thread per group, which handles a block of neighbouring channels or elements in its LANES loops.
@@ -140,6 +160,8 @@ def gpu_geometry() -> bool:
 
 def traced(*arrays: mx.array) -> bool:
     """True inside mx.compile or mx.vmap, where an array has no value yet, so that no host kernel can run."""
+    if _mode.recorder:  # nor then, but kernels are to be noted
+        return False
     try:
         host.evaluate(arrays, "")
     except TracedError:
@@ -164,7 +186,8 @@ class Kernel:
 
     Inputs arrive without gaps between their elements, save those whose `<input>_strides` the text reads: they may be
     views. `header`: extra text in front of it (helper functions). `exact`: no fused multiply-add on the host, for
-    results that are compared bit by bit. `made`: inputs that only other kernels make, never with gaps.
+    results that are compared bit by bit. `made`: inputs that only other kernels make, never with gaps. `wide`: those
+    whose rows may be parts of longer ones in a chain, which the template then tells.
     """
 
     name: str
@@ -173,6 +196,7 @@ class Kernel:
     exact: bool = False
     header: str = ""
     made: Sequence[str] = ()
+    wide: Sequence[str] = ()
     _built: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
@@ -180,14 +204,14 @@ class Kernel:
         return (KERNELS / f"{self.name}.metal").read_text(encoding="utf-8")
 
     @functools.cached_property
-    def _strided(self) -> tuple[str, ...]:
+    def strided(self) -> tuple[str, ...]:
         """The inputs that may be views."""
         return tuple(name for name in self.inputs if f"{name}_strides" in self.body)
 
     @functools.cached_property
     def _sized(self) -> frozenset[str]:
         """The inputs whose sizes the text reads."""
-        return frozenset(n for n in self.inputs if f"{n}_shape" in self.body or n in self._strided)
+        return frozenset(n for n in self.inputs if f"{n}_shape" in self.body or n in self.strided)
 
     def __call__(
         self,
@@ -214,6 +238,11 @@ class Kernel:
         assert len(inputs) == len(self.inputs), self.name
         assert len(output_shapes) == len(output_dtypes) == len(self.outputs), self.name
         assert dialect() is not Dialect.REFERENCE, f"{self.name}: the reference dialect runs no kernel"
+        if _mode.recorder:
+            noted: list[mx.array] = _mode.recorder(
+                self, inputs, template, grid, threadgroup, output_shapes, output_dtypes
+            )
+            return noted
         if not gpu_geometry():
             template, grid, threadgroup = {**template, **(host_template or {})}, host_grid or grid, (1, 1, 1)
         assert all(g % t == 0 for g, t in zip(grid, threadgroup, strict=True)), f"{self.name}: {grid} {threadgroup}"
@@ -222,7 +251,7 @@ class Kernel:
             if gapless:
                 self._check_gapless(prepared)
             return self._run_on_host(prepared, template, grid, threadgroup, output_shapes, output_dtypes, reuse or {})
-        if self._strided and not gapless:  # else MLX does it
+        if self.strided and not gapless:  # else MLX does it
             prepared = self._packed(prepared)
         return self._run_on_gpu(prepared, template, grid, threadgroup, output_shapes, output_dtypes)
 
@@ -238,7 +267,7 @@ class Kernel:
         inputs = self._packed(inputs)
         host.evaluate(inputs, self.name)
         for i, name in enumerate(self.inputs):  # LANES loops want neighbours
-            if name in self._strided and not _mode.fibers and host.strides(inputs[i])[-1] != 1:
+            if name in self.strided and not _mode.fibers and host.strides(inputs[i])[-1] != 1:
                 inputs[i] = mx.contiguous(inputs[i])
                 mx.eval(inputs[i])
         key = (
@@ -259,7 +288,7 @@ class Kernel:
         assert all(o.shape == tuple(s) and o.dtype == d for o, s, d in zip(outputs, shapes, dtypes, strict=True))
         mx.eval(outputs)
         sizes = [a.shape for n, a in zip(self.inputs, inputs, strict=True) if f"{n}_shape" in self.body]
-        strides = [host.strides(a) for n, a in zip(self.inputs, inputs, strict=True) if n in self._strided]
+        strides = [host.strides(a) for n, a in zip(self.inputs, inputs, strict=True) if n in self.strided]
         groups = (grid[0] // threadgroup[0], grid[1], grid[2])
         host.call(self._built[key], self.name, inputs, sizes, strides, outputs, groups, threadgroup[0])
         return outputs
@@ -268,14 +297,14 @@ class Kernel:
         """The inputs without gaps, save those whose strides the text reads: these stay as they lie, views included.
         mx.contiguous copies an array on a GPU, gaps or not, whose buffer is 16 KiB larger than itself: not large ones.
         """
-        named, kept = zip(self.inputs, inputs, strict=True), {*self._strided, *self.made}
+        named, kept = zip(self.inputs, inputs, strict=True), {*self.strided, *self.made}
         return [a if name in kept or a is nothing() else mx.contiguous(a) for name, a in named]
 
     def _check_gapless(self, inputs: Sequence[mx.array]) -> None:
         """What a GPU would not notice: it reads such arrays as they lie."""
         host.evaluate(inputs, self.name)
         for name, a in zip(self.inputs, inputs, strict=True):
-            assert name in self._strided or host.view(a).flags.c_contiguous, f"{self.name}: {name} has gaps"
+            assert name in self.strided or host.view(a).flags.c_contiguous, f"{self.name}: {name} has gaps"
 
     @functools.cached_property
     def _measured(self) -> tuple[int, ...]:
@@ -284,7 +313,7 @@ class Kernel:
 
     def _run_on_gpu(self, inputs, template, grid, threadgroup, shapes, dtypes) -> list[mx.array]:  # type: ignore[no-untyped-def]
         extra = {"init_value": float("nan")} if _mode.poison else {}
-        if dialect() is Dialect.CUDA and not self._strided:  # strides are known to MLX alone, when it evaluates
+        if dialect() is Dialect.CUDA and not self.strided:  # strides are known to MLX alone, when it evaluates
             run = self._precompiled(inputs, template, dtypes)
             return run(inputs, output_shapes=shapes, output_dtypes=dtypes, grid=grid, threadgroup=threadgroup, **extra)
         return list(
@@ -324,7 +353,7 @@ class Kernel:
                 output_names=list(self.outputs),
                 source=self.body,
                 header=header,
-                ensure_row_contiguous=not self._strided,  # else _packed does it
+                ensure_row_contiguous=not self.strided,  # else _packed does it
             )
         return self._built[key]
 

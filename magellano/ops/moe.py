@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from magellano.backend import mx
+from magellano.ops import launch
 from magellano.ops.host import TracedError, evaluate
 from magellano.ops.launch import Kernel, gpu_geometry
 from magellano.ops.lazy import constant, plain
@@ -121,14 +122,16 @@ class Places:
     row_Mk: mx.array
 
 
-def route(logits_ME: mx.array, k: int) -> Routing:
+def route(logits_ME: mx.array, k: int, *, no_gradient: bool = False) -> Routing:
     """The k likeliest experts of each token, and the order that sorts the token copies by expert, in one launch.
 
     Gates are the softmax over all experts, renormalised over the chosen: the same as softmax over the chosen ones'
-    logits. Equal logits: the lower expert. Differentiable in the gates.
+    logits. Equal logits: the lower expert. Differentiable in the gates, but with `no_gradient`.
     """
     experts = logits_ME.shape[-1]
     assert 1 <= k <= experts, f"{k} of {experts} experts"
+    if no_gradient and logits_ME.size and not plain(logits_ME):
+        return Routing(*_route_kernel(logits_ME.astype(mx.float32), k))
 
     @mx.custom_function
     def routed(logits_ME: mx.array) -> tuple[mx.array, ...]:
@@ -150,7 +153,7 @@ def route(logits_ME: mx.array, k: int) -> Routing:
 def _route_kernel(logits_ME: mx.array, k: int) -> list[mx.array]:
     tokens, experts = logits_ME.shape
     most = min(_ROUTE_THREADS, _COUNTERS // experts // _SIMD * _SIMD, -(-tokens // _SIMD) * _SIMD)
-    threads = max(_SIMD, most)
+    threads = launch.threads(max(_SIMD, most))
     return _ROUTE(
         [logits_ME],
         template={"EXPERTS": experts, "K": k, "TH": threads},

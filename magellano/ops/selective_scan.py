@@ -160,7 +160,8 @@ def geometry(B: int, T: int, I: int, N: int, gpu: bool | None = None) -> tuple[G
             return next(n for n in (1, 2, 4, 8) if n == 8 or B * I * n >= channels or 32 * steps * n > T)
 
         # A first launch over the segments costs half as much again, so rows must be long for more than it takes.
-        ahead = Geometry(min(2 if many else 4, N), 1, 4, steps, 32, segments(16384 if T >= 4096 else 4096))
+        simdgroups = launch.threads(128) // 32
+        ahead = Geometry(min(2 if many else 4, N), 1, simdgroups, steps, 32, segments(16384 if T >= 4096 else 4096))
         return ahead, Geometry(min(4, N), 1, 2 if many else 4, steps, 32, segments(4096))
     widths = (
         (128, 64, 32, 16, 8, 4, 2, 1) if B * I >= 2048 else (64, 32, 16, 8, 4, 2, 1)
