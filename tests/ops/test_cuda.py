@@ -283,3 +283,14 @@ def test_a_text_that_reads_strides_goes_to_mlx(
     assert not on_cuda.precompiled
     (how,) = on_cuda.by_mlx
     assert (how["input_names"], how["ensure_row_contiguous"], how["grid"]) == (["s", "x"], False, (256, 2, 1))
+
+
+@pytest.mark.skipif(Dialect.CUDA not in launch.available(), reason="no CUDA GPU")
+def test_a_gpu_runs_our_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    kernel = trial(tmp_path, monkeypatch, DOUBLE)
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        x = (mx.arange(15).reshape(5, 3) - 7).astype(dtype).T  # with gaps
+        for call in (lambda x: run(kernel, x), mx.compile(lambda x: run(kernel, x))):
+            with launch.use(Dialect.CUDA), launch.poisoned():
+                assert mx.array_equal(call(x)[0], 2 * x).item()
+    assert len(list(cache.iterdir())) == 3
