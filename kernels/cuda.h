@@ -1,4 +1,4 @@
-// CUDA dialect, seen by nvcc or NVRTC after MLX's own includes, at global scope; NVRTC has no host headers.
+// CUDA dialect, seen by nvcc or NVRTC after CUDA's 16-bit headers or MLX's own includes, at global scope; NVRTC has no host headers.
 // Never `#define device` here: nvcc's __device__ is __location__(device), and an empty macro silently un-devices it.
 typedef unsigned int uint;
 typedef unsigned short ushort;

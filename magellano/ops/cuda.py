@@ -1,8 +1,8 @@
 """Compiles kernels for an NVIDIA GPU through NVRTC and keeps them on disk, beside the CPU's. MLX compiles its custom
 kernels anew in every process, together with headers that take far longer than the kernel.
 
-`source` makes the whole text of a kernel from kernels/<name>.metal, `cubin` its machine code from any text that has an
-extern "C" kernel of the given name, and `launch` runs that.
+`source` makes the whole text of a kernel from kernels/<name>.metal, `cubin` the machine code of any text that has an
+extern "C" kernel of the given name, and a `Built` launches it through MLX.
 """
 
 import ctypes
@@ -155,8 +155,9 @@ def source(
 ) -> str:
     """The complete text of a kernel: `prelude`, its own header, the function with the template's constants in front of
     its body. Its parameters: a pointer for each input and output, then as int scalars the sizes of the inputs that
-    `dimensions` names, with the number of their axes.
+    `dimensions` names, with the number of their axes. Strides it cannot have: only MLX knows them.
     """
+    assert not any(f"{n}_strides" in body for n in inputs), name
     parameters = [f"const {C_TYPES[t]}* {n}" for n, t in inputs.items()]
     parameters += [f"{C_TYPES[t]}* {n}" for n, t in outputs.items()]
     sizes = {n: [f"{n}_shape_{axis}" for axis in range(count)] for n, count in dimensions.items()}

@@ -1,5 +1,6 @@
 """What can be checked of the kernel texts without a GPU: clang parses each as a Metal kernel, nvcc compiles each as
-CUDA, and all keep to the common subset of kernels/README.md. The texts are taken as the operations launch them.
+CUDA, as NVRTC does those that go through it, and all keep to the common subset of kernels/README.md. The texts are
+taken as the operations launch them.
 """
 
 import os
@@ -15,7 +16,8 @@ import pytest
 
 from magellano import nf4
 from magellano.backend import mx
-from magellano.ops import launch, linear_cross_entropy
+from magellano.errors import InputError
+from magellano.ops import cuda, launch, linear_cross_entropy
 from magellano.ops.adamw import Moments, Step, adamw
 from magellano.ops.add_rows import add_rows
 from magellano.ops.around import Around
@@ -245,6 +247,31 @@ def test_nvcc_compiles_the_cuda_texts(launches: list[Launch], tmp_path: Path) ->
             spilled = re.search(r"(\d+) bytes spill stores", said)
             assert spilled, said
             assert int(spilled[1]) == 0, f"{call.kernel.name} {call.template} spills registers\n{said}"
+
+
+def test_nvrtc_compiles_the_texts_without_strides(
+    launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        cuda.toolkit()
+    except InputError as e:  # MAGELLANO_NVRTC and CUDA_HOME may point at them
+        pytest.skip(str(e))
+    monkeypatch.setenv("MAGELLANO_CACHE", str(tmp_path))
+    ours = [call for call in launches if not call.kernel._strided]
+    by_mlx = {call.kernel.name for call in launches} - {call.kernel.name for call in ours}
+    assert by_mlx == {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
+
+    def compiled(call: Launch) -> bytes:
+        k = call.kernel
+        inputs, outputs = dict(zip(k.inputs, call.inputs, strict=True)), dict(zip(k.outputs, call.outputs, strict=True))
+        dimensions = {n: 4 for n in k.inputs if f"{n}_shape" in k.body}
+        name = f"magellano_{k.name}"
+        text = cuda.source(name, k.body, k.header, inputs, outputs, dict(call.template), dimensions)
+        return cuda.cubin(name, text, arch="sm_90")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for call, code in zip(ours, pool.map(compiled, ours), strict=True):
+            assert f".text.magellano_{call.kernel.name}\0".encode() in code, f"{call.kernel.name} {call.template}"
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.metal")), ids=lambda p: p.stem)
