@@ -257,7 +257,7 @@ def test_nvrtc_compiles_the_texts_without_strides(
     except InputError as e:  # MAGELLANO_NVRTC and CUDA_HOME may point at them
         pytest.skip(str(e))
     monkeypatch.setenv("MAGELLANO_CACHE", str(tmp_path))
-    ours = [call for call in launches if not call.kernel._strided]
+    ours = [call for call in launches if not call.kernel.strided]
     by_mlx = {call.kernel.name for call in launches} - {call.kernel.name for call in ours}
     assert by_mlx == {f"{op}_{way}" for op in ("selective_scan", "causal_conv") for way in ("forward", "backward")}
 
