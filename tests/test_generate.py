@@ -14,7 +14,7 @@ from magellano.benchmark import generate as benchmark
 from magellano.completion import text
 from magellano.decode import flat
 from magellano.errors import InputError
-from magellano.generate import PROMPT_CHUNK, Sampling, Stream, choose, generate, read
+from magellano.generate import PROMPT_CHUNK, Sampling, Stream, choose, generate, prompt_chunk, read
 from magellano.layout import ParamSpec, parameters
 from magellano.mamba import MambaState
 from magellano.model import MagellanoLM, seeded
@@ -142,7 +142,8 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(length: int, monkeypatch: pytest
     model = quantized(WHOLE, seeded(3))
     prompt = np.random.default_rng(2).integers(0, 257, (2, length)).tolist()
     whole, at_once = read(prompt, model)
-    monkeypatch.setattr("magellano.generate.PROMPT_CHUNK", 8)
+    for name in ("PROMPT_CHUNK", "GPU_PROMPT_CHUNK"):
+        monkeypatch.setattr(f"magellano.generate.{name}", 8)
     pieces, state = read(prompt, model)
     assert whole.shape == (2, 257)
     for a, b in zip([whole, *flat(at_once)], [pieces, *flat(state)], strict=True):
@@ -204,7 +205,7 @@ def test_an_empty_prompt_generates_from_the_start_of_a_document(ahead: bool):
 
 def test_greedy_is_the_full_forward(model: MagellanoLM):
     """Prompt longer than a chunk, so that the state crosses from chunk to chunk."""
-    prompt = np.random.default_rng(0).integers(0, 256, PROMPT_CHUNK + 20).tolist()
+    prompt = np.random.default_rng(0).integers(0, 256, prompt_chunk() + 20).tolist()
     made = list(generate(model, prompt, 256, 5))
     row = [256, *prompt]
     for token in made:
