@@ -131,6 +131,18 @@ class Backprop:
         self._compiles = on_gpu() and dialect() is not Dialect.REFERENCE and not keeps
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
+    @property
+    def seen(self) -> list[Any]:
+        """The batches that the rooms are for, as JSON holds it: their tokens, and `loads`. Other rooms are products of
+        other sizes, whose sums a GPU rounds otherwise: a training that goes on needs those that it had.
+        """
+        return [self._tokens, [[i, loads] for i, loads in sorted(self.loads.items())]]
+
+    @seen.setter
+    def seen(self, told: list[Any]) -> None:
+        self._tokens, self.loads = told[0], {i: list(loads) for i, loads in told[1]}
+        self._rooms = {i: Room.padded(loads, self._tokens, spare=True) for i, loads in self.loads.items()}
+
     def __call__(self, batch: Batch, factor: float, router_factors: tuple[float, float] | None = None) -> Outcome:
         """The gradient of factor * objective plus the routers' losses, load balance and z, times their factors."""
         scale = mx.array([factor] * 4)

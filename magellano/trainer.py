@@ -34,6 +34,7 @@ from magellano.signals import StopRequest
 log = logging.getLogger(__name__)
 
 GIB = float(1 << 30)
+_ROOMS = "rooms"  # of a checkpoint's facts
 SCALE_START, SCALE_MAX, SCALE_GROWTH_STEPS = 2.0**15, 2.0**24, 2000  # dynamic loss scaling (Micikevicius et al. 2018)
 
 
@@ -212,7 +213,7 @@ class Trainer:
             "loss_scale": asdict(self.scale),
             "guard": asdict(self.guard),
             state.HELD_OUT: self.measured,
-        }
+        } | ({_ROOMS: self.backprop.seen} if self.backprop.loads else {})  # a GPU's
         state.save(folder, self.step, tensors, moments, facts)
 
     def resume(self, folder: Path) -> bool:
@@ -262,6 +263,7 @@ class Trainer:
         facts = found.facts
         self.step, self.tokens, self.scale = found.step, facts["tokens"], LossScale(**facts["loss_scale"])
         self.guard, self.measured, self.trouble = Guard(**facts["guard"]), facts[state.HELD_OUT], None
+        self.backprop.seen = facts.get(_ROOMS, [0, []])
         self._follow_schedule()
 
 

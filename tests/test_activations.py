@@ -68,10 +68,13 @@ def test_the_training_is_the_same_either_way(tokens: Path, adapted: bool) -> Non
     again, keeping = (trainer(tokens, adapted, r) for r in ("always", "never"))
     assert not again.backprop.keeps
     assert keeping.backprop.keeps
+    near = (
+        10 if on_gpu() else 1
+    )  # there layers that are made again are compiled, with padded rows: sums round otherwise
     for _ in range(3):
         a, b = again.one_step(), keeping.one_step()
-        assert a.loss == pytest.approx(b.loss, abs=1e-6)
-        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
+        assert a.loss == pytest.approx(b.loss, abs=near * 1e-6)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=near * 1e-5)
 
 
 @on_cpu

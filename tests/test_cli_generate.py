@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from magellano import cli, generate
+from magellano.backend import compute_dtype
 from magellano.commands.chosen import Chosen
 from magellano.model import MagellanoLM
 from magellano.profile import DataConfig
@@ -22,7 +23,9 @@ TOKENIZER = Tokenizer(models.TINY.vocab_size)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, MagellanoLM]:
     folder = tmp_path_factory.mktemp("model")
-    return str(folder), models.write(folder)
+    model = models.write(folder)
+    model.compute = compute_dtype("auto")  # as the command has it
+    return str(folder), model
 
 
 class Input(io.TextIOWrapper):

@@ -36,6 +36,7 @@ rank = 4
 [train]
 steps = 2
 warmup = 0
+compute = "float32"
 [evaluate]
 batch = 8
 """
@@ -87,14 +88,15 @@ def call(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 
 def release(home: Path) -> Any:
-    return loader.load_release(home / "artifacts/checkpoint/checkpoint-key", home / "artifacts/quantize/quantize-key")
+    store = home / "artifacts"
+    return loader.load_release(store / "checkpoint/checkpoint-key", store / "quantize/quantize-key", "float32")
 
 
 def test_in_16_bits_it_is_base_and_adapter(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     facts = call(capsys, str(tmp_path / "out"), "--dtype", "float16")
     model = release(home)
     tokens = mx.array(np.random.default_rng(1).integers(0, 300, (2, 20)))
-    wanted, got = model(tokens), loader.load_model(tmp_path / "out")(tokens)
+    wanted, got = model(tokens), loader.load_model(tmp_path / "out", "float32")(tokens)
     with fuse.without_adapters(model):
         plain = model(tokens)
         mx.eval(plain)
@@ -108,7 +110,7 @@ def test_in_16_bits_it_is_base_and_adapter(home: Path, tmp_path: Path, capsys: p
 
 def test_in_4_bits_the_error_is_carried_on(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     facts = call(capsys, str(tmp_path / "out"), "--bits", "4", "--bound", "10", "--calibration", "1000")
-    model, nearest = loader.load_model(tmp_path / "out"), release(home)
+    model, nearest = loader.load_model(tmp_path / "out", "float32"), release(home)
     bases = [m.base for _, m in model.named_modules() if hasattr(m, "lora_scale")]
     assert all(isinstance(base, NF4Tensor | NF4Stack) for base in bases)
     assert facts["error_share"] < 0.8 * facts["error_share_nearest"]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from magellano import decode, lora, nf4
-from magellano.backend import mx
+from magellano.backend import mx, on_gpu
 from magellano.benchmark import generate as benchmark
 from magellano.completion import text
 from magellano.decode import flat
 from magellano.errors import InputError
-from magellano.generate import PROMPT_CHUNK, Sampling, Stream, choose, generate, read
+from magellano.generate import PROMPT_CHUNK, Sampling, Stream, choose, generate, prompt_chunk, read
 from magellano.layout import ParamSpec, parameters
 from magellano.mamba import MambaState
 from magellano.model import MagellanoLM, seeded
@@ -33,7 +33,7 @@ def model() -> MagellanoLM:
 
 
 class Scripted:
-    """A model that always wants the token after the last one, and remembers what it was fed."""
+    """A model that always wants the token after the last one, and remembers what it was fed, unless it is compiled."""
 
     def __init__(self, vocabulary: int = 64):
         self.vocabulary, self.fed = vocabulary, []
@@ -42,9 +42,10 @@ class Scripted:
         return [MambaState(mx.zeros((batch, 3, 1)), mx.zeros((batch, 1)))]
 
     def advance(self, tokens_BT: mx.array, state: Any) -> tuple[mx.array, Any]:
-        self.fed += tokens_BT[0].tolist()
-        wanted = (np.array(tokens_BT) + 1) % self.vocabulary
-        return mx.array(np.eye(self.vocabulary, dtype=np.float32)[wanted]), state
+        if not launch.traced(tokens_BT):
+            self.fed += tokens_BT[0].tolist()
+        wanted_BT = (tokens_BT + 1) % self.vocabulary
+        return (wanted_BT[..., None] == mx.arange(self.vocabulary)).astype(mx.float32), state
 
     def logits(self, h: mx.array) -> mx.array:
         return h
@@ -141,7 +142,8 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(length: int, monkeypatch: pytest
     model = quantized(WHOLE, seeded(3))
     prompt = np.random.default_rng(2).integers(0, 257, (2, length)).tolist()
     whole, at_once = read(prompt, model)
-    monkeypatch.setattr("magellano.generate.PROMPT_CHUNK", 8)
+    for name in ("PROMPT_CHUNK", "GPU_PROMPT_CHUNK"):
+        monkeypatch.setattr(f"magellano.generate.{name}", 8)
     pieces, state = read(prompt, model)
     assert whole.shape == (2, 257)
     for a, b in zip([whole, *flat(at_once)], [pieces, *flat(state)], strict=True):
@@ -149,16 +151,19 @@ def test_a_prompt_in_chunks_is_a_prompt_at_once(length: int, monkeypatch: pytest
 
 
 def test_memory_does_not_grow_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("magellano.generate.PROMPT_CHUNK", 64)
-    model, peaks = MagellanoLM(TINY, seeded(3)), []
-    for length in (64, 64, 128, 4096):
+    for name in ("PROMPT_CHUNK", "GPU_PROMPT_CHUNK"):
+        monkeypatch.setattr(f"magellano.generate.{name}", 64)
+    # A GPU frees what a chunk's launches used while the next ones run: prompt and vocabulary must be large beside that.
+    config, longest = (WHOLE.model_copy(update={"vocab_size": 1 << 15}), 1 << 16) if on_gpu() else (TINY, 4096)
+    model, peaks = MagellanoLM(config, seeded(3)), []
+    for length in (64, 64, 128, longest):
         gc.collect()
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         mx.eval(read([[7] * length], model)[0])
         peaks.append(mx.get_peak_memory() - before)
-    logits, whole = 64 * TINY.vocab_size * 4, 4096 * TINY.d_model * 4  # of a chunk; hidden states of the prompt
+    logits, whole = 64 * config.vocab_size * 4, longest * config.d_model * 4  # of a chunk; hidden states of the prompt
     assert peaks[3] - peaks[2] < whole / 4
     assert peaks[2] - peaks[1] < logits
 
@@ -173,25 +178,34 @@ def test_a_state_keeps_nothing_alive_but_itself() -> None:
     assert mx.get_active_memory() - before <= sum(a.nbytes for a in state) + inputs / 2
 
 
-def test_document_starts_with_end_of_text_and_stops_at_it():
+@pytest.fixture(params=["step by step", "ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of a stream, whatever the device: a GPU's steps are compiled and run ahead."""
+    monkeypatch.setattr(launch, "gpu_geometry", lambda: request.param == "ahead")
+    return request.param == "ahead"
+
+
+def test_document_starts_with_end_of_text_and_stops_at_it(ahead: bool):
     scripted = Scripted()
     assert list(generate(scripted, [7, END - 3], END, 10)) == [END - 2, END - 1]
-    assert scripted.fed == [END, 7, END - 3, END - 2, END - 1]
+    assert scripted.fed == [END, 7, END - 3, *([] if ahead else [END - 2, END - 1])]
 
 
-def test_stops_at_max_tokens_without_a_step_too_many():
-    scripted = Scripted()
+def test_stops_at_max_tokens_without_a_step_too_many(ahead: bool, monkeypatch: pytest.MonkeyPatch):
+    scripted, steps, step = Scripted(), [], Stream.next
+    monkeypatch.setattr(Stream, "next", lambda self, made: steps.append(made) or step(self, made))
     assert list(generate(scripted, [1], END, 3)) == [2, 3, 4]
-    assert scripted.fed == [END, 1, 2, 3]
+    assert scripted.fed == [END, 1, *([] if ahead else [2, 3])]
+    assert len(steps) == 2
 
 
-def test_an_empty_prompt_generates_from_the_start_of_a_document():
+def test_an_empty_prompt_generates_from_the_start_of_a_document(ahead: bool):
     assert list(generate(Scripted(), [], END, 2)) == [END + 1, END + 2]
 
 
 def test_greedy_is_the_full_forward(model: MagellanoLM):
     """Prompt longer than a chunk, so that the state crosses from chunk to chunk."""
-    prompt = np.random.default_rng(0).integers(0, 256, PROMPT_CHUNK + 20).tolist()
+    prompt = np.random.default_rng(0).integers(0, 256, prompt_chunk() + 20).tolist()
     made = list(generate(model, prompt, 256, 5))
     row = [256, *prompt]
     for token in made:

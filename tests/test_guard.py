@@ -13,7 +13,7 @@ import pytest
 
 from magellano import lora, state
 from magellano.backend import mx
-from magellano.backprop import Outcome
+from magellano.backprop import Backprop, Outcome
 from magellano.data import shards
 from magellano.errors import Diverged, ExitCode, Stopped
 from magellano.guard import AT_LEAST, HALVINGS, ROLLBACKS, WINDOW, Guard, Trouble, all_finite
@@ -134,13 +134,13 @@ Change = Callable[[Outcome], Outcome]
 
 def poisoned(trainer: Trainer, steps: tuple[int, ...], change: Change) -> Trainer:
     """`trainer` with the outcome of its backward pass changed in these steps, however often they are taken."""
-    backprop = trainer.backprop
 
-    def call(*args: Any) -> Outcome:
-        found = backprop(*args)
-        return change(found) if trainer.step + 1 in steps else found
+    class Poisoned(Backprop):
+        def __call__(self, *args: Any) -> Outcome:
+            found = super().__call__(*args)
+            return change(found) if trainer.step + 1 in steps else found
 
-    trainer.backprop = call  # type: ignore[assignment]
+    trainer.backprop.__class__ = Poisoned
     return trainer
 
 

@@ -28,6 +28,7 @@ from magellano.worker import FAULT
 from tests.tiny import MODEL
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 300 if on_gpu() else 60  # seconds; on CUDA a process may compile for a minute
 TINY = (
     MODEL
     + """[base]
@@ -317,11 +318,11 @@ def test_a_signal_is_handed_on_and_the_step_is_kept(bench: Bench, tmp_path: Path
     for _ in range(3):  # a second one changes nothing
         first.send_signal(sent)
         time.sleep(0.05)
-    said = first.communicate(timeout=60)[0]
+    said = first.communicate(timeout=PATIENCE)[0]
     assert first.returncode == 75
     assert "stopped at step" in said
     second = parent(bench, tmp_path)
-    resumed = second.communicate(timeout=60)[0].splitlines()[-1]
+    resumed = second.communicate(timeout=PATIENCE)[0].splitlines()[-1]
     assert resumed in ("resumed from 1", "resumed from 2"), "what was not at a multiple of checkpoint_every"
 
 
@@ -335,7 +336,7 @@ def test_a_killed_parent_s_child_saves_ends_and_holds_the_lock_until_then(bench:
     first.wait()
     assert artifacts.Store(tmp_path)._try_lock(Stage.TRAIN, "k") is None, "the child still trains"
     second = parent(bench, tmp_path)
-    said, warned = second.communicate(timeout=60)
+    said, warned = second.communicate(timeout=PATIENCE)
     assert gone(child)
     assert said.splitlines()[-1] in ("resumed from 1", "resumed from 2")
     assert second.returncode == 0, warned

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from magellano.backend import on_gpu
 from tests.torture import network
 from tests.torture.outcome import Row, Share, table
 
 ROOT = Path(__file__).parent.parent
-linux = pytest.mark.skipif(sys.platform != "linux", reason="forks with MLX loaded, strace")
+linux = pytest.mark.skipif(sys.platform != "linux" or on_gpu(), reason="forks with MLX loaded, strace")
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,29 @@ def test_a_resumed_run_ends_in_the_same_bits(tokens: Path, tmp_path: Path, state
     assert len(lines) == 13
 
 
+def test_a_checkpoint_holds_what_the_experts_rooms_are_for(tokens: Path, tmp_path: Path) -> None:
+    """Which only a GPU's training has: a run that goes on, or is set back, has the rooms that it had there."""
+    whole, second = adapter_trainer(tokens), adapter_trainer(tokens)
+    made, first = whole.backprop, {3: [26, 21, 17]}
+    made.seen = [100, []]
+    assert not made._hold(first)
+    assert made._hold({3: [30, 20, 14]}), "with a fifth to spare"
+    rooms = dict(made._rooms)
+    whole.save(tmp_path)
+    assert not made._hold({3: [80, 10, 10]})
+    assert made._rooms != rooms
+    assert second.resume(tmp_path)
+    whole._restore(state.latest(tmp_path), tmp_path)
+    for one in (second.backprop, made):
+        assert (one._rooms, one.loads, one._tokens) == (rooms, first, 100)
+    other = adapter_trainer(tokens)  # as on a CPU
+    other.one_step()
+    other.save(tmp_path)
+    assert "rooms" not in state.latest(tmp_path).facts
+    assert second.resume(tmp_path)
+    assert second.backprop._rooms == {}
+
+
 def test_evaluating_more_often_changes_nothing(tokens: Path, tmp_path: Path) -> None:
     digests = set()
     for every in (0, 1):

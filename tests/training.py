@@ -22,25 +22,29 @@ def silent(done: int, total: int, **facts: float | str) -> None:
     pass
 
 
-def make_tokens(folder: Path) -> Path:
+def make_tokens(folder: Path, seq_len: int = 16, vocab_size: int = SMALL.vocab_size) -> Path:
     """A tokens folder with documents of uneven length and masks."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for split, rows in (("train", 13), ("held_out", 3)):
-        ids = rng.integers(0, 40, (rows, 17)).astype(np.uint16)
-        reset = (rng.random((rows, 16)) < 0.15).astype(np.uint8)
+        ids = rng.integers(0, 40, (rows, seq_len + 1)).astype(np.uint16)
+        reset = (rng.random((rows, seq_len)) < 0.15).astype(np.uint8)
         reset[:, 0] = 1
         shards.write_split(
             folder,
             split,
-            [shards.Rows(ids[:, :-1], ids[:, 1:], (rng.random((rows, 16)) < 0.7).astype(np.uint8), reset)],
+            [shards.Rows(ids[:, :-1], ids[:, 1:], (rng.random((rows, seq_len)) < 0.7).astype(np.uint8), reset)],
         )
-    shards.write_facts(folder, vocab_size=300, seq_len=16, rows={"train": 13, "held_out": 3})
+    shards.write_facts(folder, vocab_size=vocab_size, seq_len=seq_len, rows={"train": 13, "held_out": 3})
     return folder
 
 
 def adapter_trainer(
-    tokens: Path, config: TrainConfig = CONFIG, loss: LossConfig | None = None, adapters: LoraConfig = ADAPTERS
+    tokens: Path,
+    config: TrainConfig = CONFIG,
+    loss: LossConfig | None = None,
+    adapters: LoraConfig = ADAPTERS,
+    shape: ModelConfig = SMALL,
 ) -> Trainer:
     def source(spec: ParamSpec) -> Weight:
         w = seeded(3)(spec)
@@ -48,8 +52,8 @@ def adapter_trainer(
             return w
         return nf4.NF4Stack.of([nf4.quantize(x) for x in w]) if w.ndim == 3 else nf4.quantize(w)
 
-    model = MagellanoLM(SMALL, source)
-    lora.attach(model, adapters, lora.start(SMALL, adapters))
+    model = MagellanoLM(shape, source)
+    lora.attach(model, adapters, lora.start(shape, adapters))
     return Trainer(model, config, tokens, loss, plus=adapters.plus)
 
 

@@ -10,11 +10,14 @@ import hashlib
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 from magellano import trainer as trainer_module
+from magellano.backprop import Backprop, Outcome
 from magellano.errors import Stopped
 from magellano.profile import TrainConfig
 from magellano.trainer import run_to_end
@@ -54,14 +57,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         trainer_module.SCALE_START = SCALE
         trainer = adapter_trainer(make_tokens(Path(name) / "tokens"), config())
-        backprop = trainer.backprop
 
-        def poisoned(*args: object) -> object:
-            found = backprop(*args)
-            nll = found.nll * float("nan") if trainer.step + 1 in POISON else found.nll
-            return type(found)(nll, found.routers, found.gradients, found.squares)
+        class Poisoned(Backprop):
+            def __call__(self, *args: Any) -> Outcome:
+                found = super().__call__(*args)
+                nll = found.nll * float("nan") if trainer.step + 1 in POISON else found.nll
+                return replace(found, nll=nll)
 
-        trainer.backprop = poisoned
+        trainer.backprop.__class__ = Poisoned
 
         def progress(done: int, total: int, **facts: float | str) -> None:
             if done == AT + 1:

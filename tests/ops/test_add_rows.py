@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from magellano.backend import mx
+from magellano.backend import mx, on_gpu
 from magellano.ops.add_rows import add_rows
 
 
@@ -22,6 +22,8 @@ def test_against_float64(V: int, R: int, M: int, dtype: mx.Dtype, dialect: str) 
 
 
 def test_equal_inputs_give_equal_bits(dialect: str) -> None:
+    if dialect == "reference" and on_gpu():
+        pytest.skip("MLX's scatter on a GPU adds by atomics, in any order: that is why there is a kernel")
     before, y = mx.random.normal((10, 16)), mx.random.normal((200, 16))
     index = mx.random.randint(0, 10, (200,))
     np.testing.assert_array_equal(add_rows(before, y, index), add_rows(before, y, index))

@@ -37,6 +37,7 @@ seq_len = 32
 [train]
 steps = 2
 warmup = 0
+compute = "float32"
 [evaluate]
 batch = 3
 samples = 2
@@ -115,7 +116,7 @@ def out(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
 
 def dense_loss(folder: Path, made: Made) -> tuple[float, int]:
     """Nats a counted target by the full logits and float64, document by document without packing."""
-    model, tokenizer = loader.load_model(folder), Tokenizer(made.profile.model.vocab_size)
+    model, tokenizer = loader.load_model(folder, "float32"), Tokenizer(made.profile.model.vocab_size)
     total, count = 0.0, 0
     for prompt, completion in PAIRS:
         before, after = tokenizer.encode(prompt), tokenizer.encode(completion)
