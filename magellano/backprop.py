@@ -117,6 +117,9 @@ class Backprop:
     """
 
     def __init__(self, model: MagellanoLM, renyi: Renyi | None = None, *, keeps: bool = False):
+        mx.eval(
+            model.parameters()
+        )  # what is only promised would be made again in each compiled call, and fused with it
         self.model, self.renyi, self.keeps = model, renyi, keeps
         self.loads: dict[int, list[int]] = {}
         self._rooms: dict[int, Room] = {}

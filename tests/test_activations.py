@@ -68,9 +68,9 @@ def test_the_training_is_the_same_either_way(tokens: Path, adapted: bool) -> Non
     again, keeping = (trainer(tokens, adapted, r) for r in ("always", "never"))
     assert not again.backprop.keeps
     assert keeping.backprop.keeps
-    near = (
-        10 if on_gpu() else 1
-    )  # there layers that are made again are compiled, with padded rows: sums round otherwise
+    # On a GPU layers that are made again are compiled, with padded rows: sums round otherwise, and weights that train
+    # in full carry that on from step to step.
+    near = (10 if adapted else 300) if on_gpu() else 1
     for _ in range(3):
         a, b = again.one_step(), keeping.one_step()
         assert a.loss == pytest.approx(b.loss, abs=near * 1e-6)

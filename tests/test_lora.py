@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from magellano import headers, loader, lora, nf4
-from magellano.backend import mx
+from magellano.backend import mx, on_gpu
 from magellano.backprop import Backprop, Batch
 from magellano.errors import InputError
 from magellano.layout import ParamSpec, parameters
@@ -78,7 +78,8 @@ def test_adapter_equals_the_merged_weights(source) -> None:
     model = MagellanoLM(SMALL, source)
     lora.attach(model, LORA, trained())
     expected = MagellanoLM(SMALL, merged)(TOKENS)
-    assert float(mx.abs(model(TOKENS) - expected).max() / mx.abs(expected).max()) < 1e-5
+    most = 5e-5 if on_gpu() else 1e-5  # two orders of the same sums
+    assert float(mx.abs(model(TOKENS) - expected).max() / mx.abs(expected).max()) < most
 
 
 def test_gradients_equal_those_of_the_dense_formula() -> None:

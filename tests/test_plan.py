@@ -190,6 +190,7 @@ def test_the_largest_batch_and_length_are_the_last_that_fit():
     assert plan.largest(profile, True, 1 << 30) == {"batch": 0, "seq_len": 0}
 
 
+@on_cpu
 def test_a_limit_is_met_by_a_smaller_chunk_of_the_loss(caplog: pytest.LogCaptureFixture):
     """On a CPU: phase1's loss is its largest moment."""
     full, least = (plan.fine_tune(sized("phase1", 1, 512, **{"train.loss_chunk": n}), False).total for n in (512, 64))
@@ -213,6 +214,7 @@ def test_a_limit_that_no_chunk_meets_is_refused():
         raise AssertionError("must not start")
 
 
+@on_cpu
 def test_without_a_limit_a_cpu_is_not_held():
     with memory.hold(tiny()) as (fitting, facts):
         assert fitting == tiny()

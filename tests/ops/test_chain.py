@@ -81,7 +81,9 @@ def test_a_layer_is_so_many_phases_and_layers_of_a_kind_share_a_text(
     assert len(texts) == 2
     assert {c.name: len(c.phases) for c in found} == {"mamba": 9, "moe": 7}
     for name, text in texts:
-        assert text.count("k_all_here((") == {"mamba": 8, "moe": 6}[name], "the threadgroups wait between two phases, and only there"
+        assert text.count("k_all_here((") == {"mamba": 8, "moe": 6}[name], (
+            "the threadgroups wait between two phases, and only there"
+        )
 
 
 @pytest.mark.parametrize("by", ["nvrtc", "nvcc"])
