@@ -4,6 +4,7 @@ packed weights with the norm before it and the adapter, the activation and the r
 Shapes: B sequences, D d_model, I d_inner, N d_state, R dt_rank, V vocabulary, k experts per token.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 State = list[MambaState | None]
 Step = Callable[[mx.array, MambaState | None], tuple[mx.array, MambaState | None]]  # of a layer: h_BD and its state
 CHAINED_EXPERTS = 32  # whose counters fit beside everything else that a layer's one launch keeps
+_TOGETHER = 1 << 10  # layers whose launches are one, where launches are chained
 _SMALL = 1 << 19  # values: an NF4 matrix up to this size is held dense, its adapter added, while decoding
 
 
@@ -39,8 +41,8 @@ class Decoder:
     """`decoder(tokens_B, state) -> (logits_BV float32, state)`, for as many sequences at a time as `serves` says.
 
     Small matrices are made dense once, here; everything else is read as the model holds it, so the model must not
-    change while this is in use. `chained`: whether the launches of a layer are one (ops/chain.py), by default as the
-    device and the model allow.
+    change while this is in use. `chained`: whether the layers are one launch (ops/chain.py), by default as the device
+    and the model allow.
     """
 
     def __init__(self, model: "MagellanoLM", chained: bool | None = None):
@@ -50,8 +52,7 @@ class Decoder:
         self.embeddings, self.head = _merged(model.backbone.embeddings), _merged(model.head)
         self.steps = [_mamba(x) if isinstance(x.mixer, Mamba) else _moe(x) for x in model.backbone.layers]
         self.single = _single(model) if chained is None else None if chained else "asked for"
-        if self.single is None:  # a layer is one launch; else `single` says why it is several
-            self.steps = [_chained(step, x) for step, x in zip(self.steps, model.backbone.layers, strict=True)]
+        self._chains: dict[object, Chain] = {}
 
     def serves(self, batch: int) -> bool:
         """Whether few rows are so few that this is faster than `MagellanoLM.step`, which makes weights dense."""
@@ -60,10 +61,21 @@ class Decoder:
     def __call__(self, tokens_B: mx.array, state: State) -> tuple[mx.array, State]:
         h_BD = self._embed(tokens_B)
         new: State = []
-        for step, old in zip(self.steps, state, strict=True):
-            h_BD, after = step(h_BD, old)
-            new.append(after)
+        for first in range(0, len(self.steps), _TOGETHER):
+            some = slice(first, first + _TOGETHER)
+            arrays = [h_BD, *flat(state[some])]
+            h_BD, *after = self._run(first, functools.partial(_layers, self.steps[some], state[some]), arrays)
+            new += folded(after, state[some])
         return self._logits(h_BD), new
+
+    def _run(self, first: int, layers: Callable[..., list[mx.array]], arrays: list[mx.array]) -> list[mx.array]:
+        """`layers` of `arrays`; in one launch unless `single` says why not. `first`: the number of the first layer."""
+        if self.single is not None:
+            return layers(*arrays)
+        key = first, arrays[0].shape, arrays[0].dtype
+        if key not in self._chains:
+            self._chains[key] = Chain("layers", layers, arrays)
+        return self._chains[key](*arrays)
 
     def reads(self) -> dict[str, int]:
         """Bytes that a token of one sequence must move, by part: the weights in use, the state there and back."""
@@ -107,8 +119,17 @@ class Decoder:
         return _adapted(self.model.head, h_BD, norm, mx.float32)
 
 
+def _layers(steps: Sequence[Step], like: State, h_BD: mx.array, *arrays: mx.array) -> list[mx.array]:
+    """Hidden states and state arrays after these layers, from those before; `like`: a state of the same layers."""
+    new: State = []
+    for step, old in zip(steps, folded(arrays, like), strict=True):
+        h_BD, after = step(h_BD, old)
+        new.append(after)
+    return [h_BD, *flat(new)]
+
+
 def _single(model: "MagellanoLM") -> str | None:
-    """Why the launches of a layer cannot be one; None: they can."""
+    """Why the layers cannot be one launch; None: they can."""
     config = model.config
     if launch.dialect() is not Dialect.CUDA:
         return f"the {launch.dialect()} dialect has no threadgroups that wait for one another"
@@ -126,25 +147,6 @@ def _single(model: "MagellanoLM") -> str | None:
         if _from_codes(module) and (module.base.shape[-1] % BLOCK or isinstance(module, DtProjection)):
             return f"{name} has rows that no kernel reads from their codes where they lie"
     return None
-
-
-def _chained(step: Step, layer: "Layer") -> Step:
-    """The same in one launch."""
-    kind, chains = str(layer.kind), dict[object, Chain]()
-
-    def flattened(h_BD: mx.array, *arrays: mx.array) -> list[mx.array]:
-        h_BD, state = step(h_BD, MambaState(*arrays) if arrays else None)
-        return [h_BD, *(state or ())]
-
-    def chained(h_BD: mx.array, state: MambaState | None) -> tuple[mx.array, MambaState | None]:
-        arrays = [h_BD, *(state or ())]
-        key = h_BD.shape[0], h_BD.dtype
-        if key not in chains:
-            chains[key] = Chain(kind, flattened, arrays)
-        h_BD, *after = chains[key](*arrays)
-        return h_BD, MambaState(*after) if after else None
-
-    return chained
 
 
 def _norm(norm: "RMSNorm") -> Around:

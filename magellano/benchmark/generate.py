@@ -39,6 +39,7 @@ def run(profile: Profile, steps: int = 0) -> dict[str, Any]:
         "parameters": planned.parameters,
         "compute": str(model.compute).removeprefix("mlx.core."),
         "tokens_timed": steps,
+        "layers": model.decoder().single or "one launch a token",
         "copy_gb_s": copy / 1e9,
         "tokens_per_s": streams[0]["tokens_per_s"],
         "tokens_per_s_after_the_long_prompt": streams[1]["tokens_per_s"],

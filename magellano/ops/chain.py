@@ -1,5 +1,5 @@
 """Several launches as one, for a step of decoding on an NVIDIA GPU: a layer is eight launches that take the device some
-3 us each and the host 20.
+3 us each and the host 20. The layers of a model are one launch.
 
 A `Chain` calls a function once with stand-ins for its arrays and notes which kernels it would launch on which of them.
 Of their texts it makes one CUDA kernel: a phase each, run by as many threadgroups as the GPU holds at once, which wait
@@ -20,7 +20,7 @@ from magellano.ops.launch import Dialect, Kernel
 from magellano.ops.lazy import constant
 
 THREADS = 256  # of every phase's threadgroups
-_PER_PROCESSOR = 2  # threadgroups that a processor surely holds at once: a thread may then have 128 registers
+_PER_PROCESSOR, _REGISTERS = 2, 128  # threadgroups that a processor surely holds at once; registers a thread then has
 _ALIGN = 256  # bytes to which what passes from phase to phase is aligned, as MLX's own arrays are
 _PLACES = f"""
 #undef threadgroup_position_in_grid
@@ -30,7 +30,7 @@ _PLACES = f"""
 #undef threadgroups_per_grid
 // All of the grid's BLOCKS threadgroups reach this place, and see what the others wrote before. `turn` counts arrivals,
 // so that between two launches it is a multiple of BLOCKS; it never starts again.
-__device__ __forceinline__ void k_all_here(unsigned long long* turn) {{
+__device__ __noinline__ void k_all_here(unsigned long long* turn) {{
   __syncthreads();
   if (threadIdx.x == 0) {{
     __threadfence();
@@ -208,14 +208,16 @@ class Chain:
         blocks = blocks or _PER_PROCESSOR * cuda.processors()
         digest = hashlib.sha256(self.source("", blocks).encode()).hexdigest()[:12]
         name = f"magellano_chain_{self.name}_{digest}"
-        return name, cuda.cubin(name, self.source(name, blocks), arch=arch)
+        return name, cuda.cubin(name, self.source(name, blocks), [f"--maxrregcount={_REGISTERS}"], arch)
 
     def source(self, name: str, blocks: int) -> str:
         """The whole text: each phase a function, and the kernel that calls one after the other."""
         kernels = {phase.kernel.name: phase.kernel for phase in self.phases}
         headers = dict.fromkeys(kernel.header for kernel in kernels.values())
         lines = [f"constexpr unsigned BLOCKS = {blocks};", cuda.prelude(), *headers, _PLACES]
-        lines += [_function(number, phase) for number, phase in enumerate(self.phases)]
+        functions: dict[str, int] = {}  # what two layers do alike is there once
+        numbers = [functions.setdefault(_function(phase), len(functions)) for phase in self.phases]
+        lines += [f"__device__ __noinline__ void phase_{n}{text}" for text, n in functions.items()]
         outside = [*range(self.given), *self.constants]
         parameters = ["const uint64_t* turn", *(f"const {self._type(b)}* p{b}" for b in outside)]
         parameters += [*(f"{self._type(s.buffer)}* p{s.buffer}" for s in self.results), "uint8_t* scratch"]
@@ -224,12 +226,10 @@ class Chain:
         lines += [
             f"  {self._type(b)}* p{b} = ({self._type(b)}*)(scratch + {at});" for b, at in self._scratch()[0].items()
         ]
-        for number, phase in enumerate(self.phases):
-            lines += ["  k_all_here((unsigned long long*)turn);"] if number else []
-            slots, (x, y, z) = [*phase.inputs, *phase.outputs], phase.grid
-            arguments = [f"p{s.buffer} + {s.first}" for s in slots] + [f"k_u3(g % {x}u, g / {x}u % {y}u, g / {x * y}u)"]
-            call = f"phase_{number}({', '.join(arguments)}); __syncthreads();"
-            lines.append(f"  for (unsigned g = blockIdx.x; g < {x * y * z}u; g += BLOCKS) {{ {call} }}")
+        for number, phase in zip(numbers, self.phases, strict=True):
+            lines += ["  k_all_here((unsigned long long*)turn);"] if phase is not self.phases[0] else []
+            arguments = [f"p{s.buffer} + {s.first}" for s in (*phase.inputs, *phase.outputs)]
+            lines.append(f"  phase_{number}({', '.join(arguments)});")
         return "\n".join([*lines, "}", ""])
 
     def _scratch(self) -> tuple[dict[int, int], int]:
@@ -267,8 +267,10 @@ class Chain:
         return [value(slot) for slot in self.results]
 
 
-def _function(number: int, phase: Phase) -> str:
-    """A phase's text, with its template, sizes and strides as constants."""
+def _function(phase: Phase) -> str:
+    """A phase as a function without its name, with its template, sizes and strides as constants: the work of one of the
+    launch's threadgroups after the other.
+    """
     kernel, named = phase.kernel, list(zip(phase.kernel.inputs, phase.inputs, strict=True))
     parameters = [f"const {cuda.C_TYPES[slot.dtype]}* {name}" for name, slot in named]
     outputs = zip(kernel.outputs, phase.outputs, strict=True)
@@ -276,8 +278,11 @@ def _function(number: int, phase: Phase) -> str:
     sizes = [f"  const int {n}_shape[] = {_list(s.shape)};" for n, s in named if f"{n}_shape" in kernel.body]
     sizes += [f"  const int64_t {n}_strides[] = {_list(s.strides)};" for n, s in named if n in kernel.strided]
     constants = [cuda.constant(name, value) for name, value in phase.template.items()]
-    start = f"__device__ __forceinline__ void phase_{number}({', '.join(parameters)}, const k_uint3 k_group) {{"
-    return "\n".join([start, *sizes, *constants, kernel.body, "}"])
+    x, y, z = phase.grid
+    each = f"  for (unsigned g = blockIdx.x; g < {x * y * z}u; g += BLOCKS) {{"
+    place = f"  const k_uint3 k_group = k_u3(g % {x}u, g / {x}u % {y}u, g / {x * y}u);"
+    start = [f"({', '.join(parameters)}) {{", *sizes, *constants, each, place]
+    return "\n".join([*start, kernel.body, "  __syncthreads(); }", "}"])
 
 
 def _list(numbers: Sequence[int]) -> str:
