@@ -27,6 +27,7 @@ GPU_EFFICIENCY, CPU_EFFICIENCY = 0.7, 0.7
 LAYER_LAUNCHES = {True: {LayerKind.MAMBA: 90, LayerKind.MOE: 130}, False: {LayerKind.MAMBA: 45, LayerKind.MOE: 70}}
 LOSS_LAUNCHES, TENSOR_LAUNCHES = {True: 30, False: 15}, {True: 4, False: 1}
 CPU_DENSE = 0.33  # of the copy bandwidth, at which a CPU makes NF4 weights dense: 7.4 of 24.9 GB/s written on two cores
+GPU_STEP_LAUNCH = 3.2  # of a step's launch, a product or a kernel, over an elementwise one's: five profiles, 3.0 to 3.7
 SCAN_BACKWARD = 2  # forwards that the scan's backward costs
 
 
@@ -54,12 +55,12 @@ KNOWN = {
         "float16 products; the scan in proportion to an H200's float32 arithmetic; 8 microseconds a launch",
     ),
     "h100": Machine(
-        "NVIDIA H100 SXM", True, 650e12, 2.5e12, 1.2e12, 16e-6, 80 * 10**9,
-        "products of 615 to 681 TFLOP/s, copies of 2.3 to 2.6 TB/s, the scan, and 16 microseconds of the host's time a "
-        "launch as measured on one; 80 GB as sold",
+        "NVIDIA H100 SXM", True, 650e12, 2.5e12, 1.2e12, 20e-6, 80 * 10**9,
+        "products of 615 to 714 TFLOP/s, copies of 2.3 to 2.65 TB/s, the scan, and 16 to 24 microseconds of the host's "
+        "time a launch as measured on several; 80 GB as sold",
     ),
     "h200": Machine(
-        "NVIDIA H200", True, 690e12, 4.1e12, 1.2e12, 16e-6, 141 * 10**9,
+        "NVIDIA H200", True, 690e12, 4.1e12, 1.2e12, 20e-6, 141 * 10**9,
         "products of 683 to 697 TFLOP/s as measured on one; 4.8 TB/s and 141 GB as sold, of the former 4.1 as copies "
         "usually reach; the scan and launches as on an H100",
     ),
@@ -87,11 +88,13 @@ def _scan_rate() -> float:
     x, b = mx.ones((B, T, I)), mx.ones((B, T, N))
     A = -mx.ones((I, N))
     mx.eval(x, b, A)
-    return B * T * I * N / machine.seconds(lambda: selective_scan(x, x, A, b, b), 3)
+    return B * T * I * N / machine.on_device(lambda: selective_scan(x, x, A, b, b), 3)
 
 
 def _launch_cost() -> float:
-    """Of one small operation in a chain on a GPU; of one call of a kernel on a CPU, where it is far more than that."""
+    """Of a step's average launch on a GPU, by one small operation in a chain; of one call of a kernel on a CPU, where
+    it is far more than that.
+    """
     x, length = mx.ones((1, 8, 64)), 50
     weight, bias = mx.ones((64, 4)), mx.ones((64,))
     mx.eval(x, weight, bias)
@@ -102,7 +105,7 @@ def _launch_cost() -> float:
             made = mx.abs(made) if on_gpu() else causal_conv(made, weight, bias)  # type: ignore[assignment]
         return made
 
-    return machine.seconds(chain, 3) / length
+    return machine.seconds(chain, 3) / length * (GPU_STEP_LAUNCH if on_gpu() else 1.0)
 
 
 def step(profile: Profile, on: Machine) -> Step:
