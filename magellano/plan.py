@@ -176,9 +176,9 @@ def _scale_bytes(spec: ParamSpec) -> int:
     return spec.size // matrix * (blocks + FLOAT32 * (-(-blocks // SCALE_BLOCK)) + FLOAT32)
 
 
-def flops_per_token(profile: Profile, again: bool = True) -> int:
-    """Forward and the gradient to activations, 2 operations a weight each, and as many to make layers `again`; adapters
-    add their own.
+def flops_per_token(profile: Profile, again: int = 1) -> int:
+    """Forward and the gradient to activations, 2 operations a weight each, and as many for each time that layers are
+    made `again`; adapters add their own.
     """
     m = profile.model
     active = adapters = 0

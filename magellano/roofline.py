@@ -15,7 +15,7 @@ from magellano.benchmark import machine
 from magellano.errors import InputError
 from magellano.layout import parameters
 from magellano.moments import FLOAT32, Sizes
-from magellano.names import LayerKind, LoraTarget
+from magellano.names import LayerKind, LoraTarget, Objective
 from magellano.ops import causal_conv, selective_scan
 from magellano.profile import Profile
 
@@ -115,15 +115,18 @@ def step(profile: Profile, on: Machine) -> Step:
     mamba = sum(m.kind(layer) is LayerKind.MAMBA for layer in range(m.n_layers))
     efficiency = GPU_EFFICIENCY if on.gpu else CPU_EFFICIENCY
     again = plan.recomputes(profile, on.gpu)  # forward a second time
-    products = plan.flops_per_token(profile, again) * s.rows + (1 + again) * plan.norms_flops(profile)
-    updates = (1 + again + SCAN_BACKWARD) * s.rows * m.d_inner * m.d_state * mamba
+    more = again + (profile.train.objective is Objective.DPO)  # forwards beside the first: DPO's reference has one too
+    products = plan.flops_per_token(profile, more) * s.rows + (1 + again) * plan.norms_flops(profile)
+    updates = (1 + more + SCAN_BACKWARD) * s.rows * m.d_inner * m.d_state * mamba
     parts = {
         "products": micro * products / (efficiency * on.matmul),
         "scan": micro * updates / on.scan,
-        "weights made dense": micro * _dense_bytes(s, again) / (on.bandwidth * (1.0 if on.gpu else CPU_DENSE)),
-        "activations": micro * _activation_bytes(s, again) / on.bandwidth,
+        "weights made dense": micro
+        * _dense_bytes(s, again, more - again)
+        / (on.bandwidth * (1.0 if on.gpu else CPU_DENSE)),
+        "activations": micro * _activation_bytes(s, more) / on.bandwidth,
         "optimiser": _optimiser_bytes(s) / on.bandwidth,
-        "launches": (micro * _launches(s) + TENSOR_LAUNCHES[on.gpu] * len(s.adapters)) * on.launch,
+        "launches": (micro * _launches(s, more - again) + TENSOR_LAUNCHES[on.gpu] * len(s.adapters)) * on.launch,
     }
     work = sum(seconds for part, seconds in parts.items() if part != "launches")
     return Step(parts, max(work, parts["launches"]) if on.gpu else work + parts["launches"])
@@ -143,7 +146,7 @@ def matmul_rate_for(profile: Profile, tokens_per_s: float) -> float:
     return plan.flops_per_token(profile) * tokens_per_s
 
 
-def _dense_bytes(s: Sizes, again: bool) -> int:
+def _dense_bytes(s: Sizes, again: bool, reference: int) -> int:
     """Codes are read and dense values written, forward, again, and backward; what only makes an output is left out when
     a layer is made again, but not with DoRA. The head is made dense once on a GPU, and on a CPU twice a chunk of the
     loss.
@@ -154,21 +157,21 @@ def _dense_bytes(s: Sizes, again: bool) -> int:
     for spec in parameters(s.profile.model):
         if s.quantizes(spec):
             normed = s.dora and bool(s.adapter(spec))  # made dense for DoRA's norms too
-            passes = 2 + (again and (normed or spec.target not in unread)) + (1 + again) * normed
+            passes = 2 + reference + (again and (normed or spec.target not in unread)) + (1 + again) * normed
             if spec.target is LoraTarget.HEAD:
-                passes = 1 if s.gpu else 2 * chunks
+                passes = 1 + reference if s.gpu else (2 + reference) * chunks
             total += passes * spec.size * (s.width + 0.52)
     return int(total)
 
 
-def _activation_bytes(s: Sizes, again: bool) -> int:
+def _activation_bytes(s: Sizes, more: int) -> int:
     """Each of a layer's intermediates written and read once, forward, again and backward; of the loss the logits are
     written, read for the sum, read and written as gradients, and read twice by products.
     """
     m, total = s.profile.model, 6 * s.width * s.rows * s.profile.model.vocab_size
     for layer in range(m.n_layers):
         forward, backward = moments.forward(s, layer)[moments.LAYER], moments.backward(s, layer)[moments.LAYER]
-        total += 2 * ((1 + again) * forward + backward)
+        total += 2 * ((1 + more) * forward + backward)
     return total
 
 
@@ -177,8 +180,9 @@ def _optimiser_bytes(s: Sizes) -> int:
     return sum(s.adapters) * (3 * moments.gradient_width(s) + 2 * FLOAT32 + 4 * s.state)
 
 
-def _launches(s: Sizes) -> int:
+def _launches(s: Sizes, reference: int) -> int:
+    """A third of a layer's are its forward pass, and most of the loss's."""
     m = s.profile.model
     chunks = -(-s.rows // s.profile.train.loss_chunk)
     layers = sum(LAYER_LAUNCHES[s.gpu][m.kind(layer)] for layer in range(m.n_layers))
-    return layers + LOSS_LAUNCHES[s.gpu] * chunks
+    return layers * (3 + reference) // 3 + LOSS_LAUNCHES[s.gpu] * chunks * (1 + reference)

@@ -64,3 +64,12 @@ def test_the_ceilings_of_this_machine_are_of_sane_size():
 def test_an_unknown_machine_is_refused_by_name():
     with pytest.raises(InputError, match="--on m5: no such machine is known; one of m4, h100, h200"):
         roofline.machine_named("m5")
+
+
+def test_the_reference_of_dpo_is_a_forward_more():
+    """Measured: a step of DPO takes 1.73 to 1.75 times one of SFT of the same shape (benchmarks/LOG.md)."""
+    pairs = {"data.format": "preference", "data.files": ["pairs.jsonl"], "train.objective": "dpo"}
+    machine = Machine("two cores", False, 190e9, 25e9, 2e9, 186e-6, None, "made up")
+    sft, dpo = (roofline.step(load_profile("demo", sets), machine) for sets in ({}, pairs))
+    assert 1.25 * sft.seconds < dpo.seconds < 2 * sft.seconds
+    assert dpo.parts["optimiser"] == sft.parts["optimiser"]
