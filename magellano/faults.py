@@ -16,6 +16,7 @@ _MEMORY = re.compile(
 _GPU = re.compile(
     r"\[METAL\]|IOGPUCommandBuffer|GPU (?:hang|timeout)|CUDA error"
     r"|\bcu(?:da|blas|dnn)\w*(?:\([^)]*\))? (?:failed|error)"
+    r"|Failed to load compiled|There is no kernel named"  # a file of MLX's cache of kernels that was left half-written
     r"|illegal (?:memory access|address|instruction was)|unspecified launch failure|uncorrectable ECC",
     re.IGNORECASE,
 )

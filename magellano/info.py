@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("scm-magellano", "mlx", "numpy", "safetensors", "tiktoken", "pydantic", "prefect", "datasets", "pandera")
@@ -17,6 +18,13 @@ def machine() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "python": platform.python_version(),
     }
+
+
+def cache_root() -> Path:
+    """$MAGELLANO_CACHE, else $XDG_CACHE_HOME/magellano, else ~/.cache/magellano: what can be made again."""
+    if root := os.environ.get("MAGELLANO_CACHE"):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "magellano"
 
 
 def memory_bytes() -> int | None:

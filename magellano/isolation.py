@@ -16,12 +16,14 @@ import sys
 import threading
 from collections import deque
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
 from magellano import durable, errors, faults, files
 from magellano.errors import Aborted, InputError, OutOfMemory, Stopped
+from magellano.info import cache_root
 from magellano.names import Fault, Stage
 from magellano.profile import Profile, TrainConfig
 from magellano.progress import Progress
@@ -30,6 +32,7 @@ from magellano.signals import StopRequest, end_process
 log = logging.getLogger(__name__)
 
 RECORD = "faults.json"  # in the work folder: what was survived so far, so that the next start does not try it again
+MLX_KERNELS = "MLX_PTX_CACHE_DIR"  # where MLX's CUDA build keeps what it compiles; by default in the system's /tmp
 PATIENCE = 20.0  # seconds to save in where this process must end; Prefect kills 30 s after it cancels
 TAIL = 200  # of the child's last lines that tell what it died of
 _ROOT = str(Path(__file__).resolve().parent.parent)
@@ -61,6 +64,8 @@ def run(
                 return end.facts | survived.facts(batch, accumulate)
             then = _next_sizes(stage, end, batch, accumulate, retried)
             survived.add(end, batch, accumulate, then)
+            if end.fault is not Fault.MEMORY:
+                _forget_kernels()
             retried = retried or end.fault is not Fault.MEMORY
             _empty(out)
     raise AssertionError("never reached")
@@ -103,6 +108,17 @@ def _smaller(batch: int, accumulate: int) -> tuple[int, int] | None:
     """Half the rows at once and twice as often; a third, a fifth ... where they are odd. None: there is one row."""
     divisor = next((d for d in range(2, batch + 1) if batch % d == 0), None)
     return None if divisor is None else (batch // divisor, accumulate * divisor)
+
+
+def _kernels() -> Path:
+    return Path(os.environ.get(MLX_KERNELS) or cache_root() / "mlx" / version("mlx"))
+
+
+def _forget_kernels() -> None:
+    """MLX writes them in place and reads them unchecked: one that a kill cut off would fail each start from then on."""
+    for path in _kernels().glob("*"):
+        if path.suffix in (".ptx", ".txt", ".cu"):
+            path.unlink(missing_ok=True)  # another process may have thought so too
 
 
 def _empty(out: Path) -> None:
@@ -188,7 +204,7 @@ class _Child:
                 [sys.executable, "-P", "-u", "-m", "magellano.worker", str(writing)],  # -P: no module of the cwd
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 pass_fds=[writing] if lock is None else [writing, lock],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), MLX_KERNELS: str(_kernels())},
             )  # fmt: skip
         finally:
             os.close(writing)

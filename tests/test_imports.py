@@ -73,8 +73,8 @@ def test_what_needs_an_extra_is_imported_by_one_command(path: str):
 
 
 def above_ops() -> list[str]:
-    """The core's modules, but for what operations stand on: preparation, errors, names and the NF4 container."""
-    below = {"backend", "errors", "names", "nf4", "ops"}
+    """The core's modules, but for what operations stand on: preparation, the machine, errors, names, the NF4 container."""
+    below = {"backend", "errors", "info", "names", "nf4", "ops"}
     return [
         f"magellano.{p.stem}"
         for p in (ROOT / "magellano").iterdir()

@@ -176,6 +176,20 @@ def gradient(bench: Bench, adapter: Path, batch: int, accumulate: int) -> tuple[
     return trainer.one_step().loss, seen
 
 
+def test_a_crash_is_tried_again_without_the_kernels_that_mlx_kept(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kernels"
+    kept.mkdir()
+    for name in ("copy.ptx", "copy.txt", "copy.cu", "README"):
+        (kept / name).touch()
+    monkeypatch.setenv(isolation.MLX_KERNELS, str(kept))
+    ended = trained(bench, tmp_path, "abort@3#1")
+    assert [f["fault"] for f in ended.facts["faults"]] == [Fault.CRASHED]
+    assert [path.name for path in kept.iterdir()] == ["README"]
+    assert faults.of_text("RuntimeError: Failed to load compiled copy kernel: .") is Fault.GPU
+
+
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 4)])
 def test_the_gradient_is_the_same_to_float32_rounding(bench: Bench, whole: Ended, sizes: tuple[int, int]) -> None:
     (loss, expected), (other, found) = gradient(bench, whole.out, 4, 1), gradient(bench, whole.out, *sizes)

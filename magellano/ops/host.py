@@ -18,6 +18,7 @@ import numpy as np
 
 from magellano.backend import mx
 from magellano.errors import InputError
+from magellano.info import cache_root
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 Template = Mapping[str, mx.Dtype | int | bool]
@@ -98,11 +99,8 @@ def _cpu() -> str:
 
 
 def cache_folder() -> Path:
-    """$MAGELLANO_CACHE, else $XDG_CACHE_HOME/magellano, else ~/.cache/magellano; kernels lie in `kernels/` below it."""
-    root = os.environ.get("MAGELLANO_CACHE")
-    if not root:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "magellano")
-    folder = Path(root) / "kernels"
+    """`kernels/` below the cache (info.cache_root)."""
+    folder = cache_root() / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
