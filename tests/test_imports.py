@@ -73,7 +73,7 @@ def test_what_needs_an_extra_is_imported_by_one_command(path: str):
 
 
 def above_ops() -> list[str]:
-    """The core's modules, but for what operations stand on: preparation, the machine, errors, names, the NF4 container."""
+    """The core's modules, but for what operations stand on: preparation, machine, errors, names, NF4 container."""
     below = {"backend", "errors", "info", "names", "nf4", "ops"}
     return [
         f"magellano.{p.stem}"
