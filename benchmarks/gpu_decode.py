@@ -9,10 +9,9 @@ import time
 
 import numpy as np
 
-from magellano import decode
 from magellano.backend import mx, on_gpu
 from magellano.benchmark import machine, synthetic
-from magellano.decode import Decoder, State, flat
+from magellano.decode import Decoder, State, flat, folded
 from magellano.generate import Made, Sampling, Stream, read
 from magellano.model import MagellanoLM
 from magellano.profile import load_profile
@@ -20,14 +19,30 @@ from magellano.profile import load_profile
 WAYS = {"kernel by kernel": 0, "a launch a layer": 1, "a launch for three": 3, "a launch for all": 1 << 10}
 
 
-def decoder(model: MagellanoLM, together: int) -> Decoder:
-    decode._TOGETHER = together or 1 << 10
-    return Decoder(model, chained=together > 0)
+class Grouped(Decoder):
+    """A launch for each so many layers; 0: for each kernel."""
+
+    def __init__(self, model: MagellanoLM, together: int):
+        super().__init__(model, chained=together > 0)
+        self.groups = [Decoder(model, chained=True) for _ in range(0, len(self.steps), together or len(self.steps))]
+        for i, group in enumerate(self.groups):
+            group.steps = self.steps[i * together : (i + 1) * together]
+
+    def _run(self, like: State, arrays: list[mx.array]) -> list[mx.array]:
+        if self.single is not None:
+            return super()._run(like, arrays)
+        h_BD, *rest = arrays
+        state, new = folded(rest, like), []
+        for group in self.groups:
+            some, state = state[: len(group.steps)], state[len(group.steps) :]
+            h_BD, *after = group._run(some, [h_BD, *flat(some)])
+            new += after
+        return [h_BD, *new]
 
 
 def after(model: MagellanoLM, together: int, token: mx.array, state: State, steps: int = 6) -> list[mx.array]:
     """Logits and state after the same tokens."""
-    one = decoder(model, together)
+    one = Grouped(model, together)
     for _ in range(steps):
         logits, state = one(token, state)
     mx.eval(logits, flat(state))
@@ -37,7 +52,7 @@ def after(model: MagellanoLM, together: int, token: mx.array, state: State, step
 def timed(model: MagellanoLM, together: int, start: tuple[mx.array, State], tokens: int) -> tuple[float, float]:
     """Seconds a token, and those of the device alone."""
     stream = Stream(model, Sampling())
-    stream.decoder = decoder(model, together)
+    stream.decoder = Grouped(model, together)
     made = stream.start(*start)
 
     def go(made: Made, steps: int) -> Made:

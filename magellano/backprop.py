@@ -117,9 +117,8 @@ class Backprop:
     """
 
     def __init__(self, model: MagellanoLM, renyi: Renyi | None = None, *, keeps: bool = False):
-        mx.eval(
-            model.parameters()
-        )  # what is only promised would be made again in each compiled call, and fused with it
+        # What is only promised would be made again in each compiled call, and fused with it
+        mx.eval(model.parameters())
         self.model, self.renyi, self.keeps = model, renyi, keeps
         self.loads: dict[int, list[int]] = {}
         self._rooms: dict[int, Room] = {}
@@ -137,12 +136,15 @@ class Backprop:
     @property
     def seen(self) -> list[Any]:
         """The batches that the rooms are for, as JSON holds it: their tokens, and `loads`. Other rooms are products of
-        other sizes, whose sums a GPU rounds otherwise: a training that goes on needs those that it had.
+        other sizes, whose sums a GPU rounds otherwise: a training that goes on needs those that it had. Where layers
+        are not compiled there are none, and none are taken on: nothing would watch there that they hold.
         """
         return [self._tokens, [[i, loads] for i, loads in sorted(self.loads.items())]]
 
     @seen.setter
     def seen(self, told: list[Any]) -> None:
+        if not self._compiles:
+            return
         self._tokens, self.loads = told[0], {i: list(loads) for i, loads in told[1]}
         self._rooms = {i: Room.padded(loads, self._tokens, spare=True) for i, loads in self.loads.items()}
 

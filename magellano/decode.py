@@ -17,7 +17,7 @@ from magellano.mamba import DtProjection, Mamba, MambaState
 from magellano.moe import MoE
 from magellano.names import FinalNorm, Gate
 from magellano.nf4 import NF4Stack, NF4Tensor
-from magellano.ops import launch, selective_scan
+from magellano.ops import cuda, launch, selective_scan
 from magellano.ops.around import Around
 from magellano.ops.chain import Chain, columns
 from magellano.ops.decode import conv_step, matvec, nf4_rows
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 State = list[MambaState | None]
 Step = Callable[[mx.array, MambaState | None], tuple[mx.array, MambaState | None]]  # of a layer: h_BD and its state
-CHAINED_EXPERTS = 32  # whose counters fit beside everything else that a layer's one launch keeps
-_TOGETHER = 1 << 10  # layers whose launches are one, where launches are chained
+# What one launch of all layers can serve: its phases' threadgroup memory adds up and may be 48 KiB, twice a processor,
+# and its arguments 32,764 bytes, of which the arrays of 160 layers with adapters took 30,048.
+CHAINED_EXPERTS, CHAINED_STATES, CHAINED_LAYERS, CHAINED_FORMS = 32, 64, 128, 2
 _SMALL = 1 << 19  # values: an NF4 matrix up to this size is held dense, its adapter added, while decoding
 
 
@@ -52,27 +53,22 @@ class Decoder:
         self.embeddings, self.head = _merged(model.backbone.embeddings), _merged(model.head)
         self.steps = [_mamba(x) if isinstance(x.mixer, Mamba) else _moe(x) for x in model.backbone.layers]
         self.single = _single(model) if chained is None else None if chained else "asked for"
-        self._chains: dict[object, Chain] = {}
+        self._chains: dict[tuple[tuple[tuple[int, ...], mx.Dtype], ...], Chain] = {}
 
     def serves(self, batch: int) -> bool:
         """Whether few rows are so few that this is faster than `MagellanoLM.step`, which makes weights dense."""
         return batch <= self.rows
 
     def __call__(self, tokens_B: mx.array, state: State) -> tuple[mx.array, State]:
-        h_BD = self._embed(tokens_B)
-        new: State = []
-        for first in range(0, len(self.steps), _TOGETHER):
-            some = slice(first, first + _TOGETHER)
-            arrays = [h_BD, *flat(state[some])]
-            h_BD, *after = self._run(first, functools.partial(_layers, self.steps[some], state[some]), arrays)
-            new += folded(after, state[some])
-        return self._logits(h_BD), new
+        h_BD, *after = self._run(state, [self._embed(tokens_B), *flat(state)])
+        return self._logits(h_BD), folded(after, state)
 
-    def _run(self, first: int, layers: Callable[..., list[mx.array]], arrays: list[mx.array]) -> list[mx.array]:
-        """`layers` of `arrays`; in one launch unless `single` says why not. `first`: the number of the first layer."""
+    def _run(self, like: State, arrays: list[mx.array]) -> list[mx.array]:
+        """`_layers` of `arrays`; in one launch unless `single` says why not."""
+        layers = functools.partial(_layers, self.steps, like)
         if self.single is not None:
             return layers(*arrays)
-        key = first, arrays[0].shape, arrays[0].dtype
+        key = tuple((a.shape, a.dtype) for a in arrays)  # a chain reads arrays as those that it was recorded with
         if key not in self._chains:
             self._chains[key] = Chain("layers", layers, arrays)
         return self._chains[key](*arrays)
@@ -135,8 +131,12 @@ def _single(model: "MagellanoLM") -> str | None:
         return f"the {launch.dialect()} dialect has no threadgroups that wait for one another"
     if os.environ.get("MLX_USE_CUDA_GRAPHS") != "0":
         return "in MLX's CUDA graphs two such launches could wait for each other"
-    if config.dt_norm_eps or config.d_state & (config.d_state - 1):
-        return "the model norms dt, B and C, or has a number of states that is no power of two"
+    if int(cuda.architecture().removeprefix("sm_")) < 80:
+        return "before compute capability 8.0 a processor may have too little memory for two of the threadgroups"
+    if config.dt_norm_eps or config.d_conv == 1 or config.n_layers > CHAINED_LAYERS:
+        return f"the model norms dt, B and C, has a convolution of one step, or more than {CHAINED_LAYERS} layers"
+    if config.d_state > CHAINED_STATES or config.d_state & (config.d_state - 1):
+        return f"the model's number of states is no power of two, or more than {CHAINED_STATES}"
     if config.hidden.gated or config.gate is not Gate.SOFTMAX or config.n_experts > CHAINED_EXPERTS:
         return f"the model's experts are gated, chosen in another way, or more than {CHAINED_EXPERTS}"
     for name, module in model.named_modules():
@@ -146,7 +146,20 @@ def _single(model: "MagellanoLM") -> str | None:
             return f"{name} has a DoRA adapter"
         if _from_codes(module) and (module.base.shape[-1] % BLOCK or isinstance(module, DtProjection)):
             return f"{name} has rows that no kernel reads from their codes where they lie"
+    if len({_form(layer) for layer in model.backbone.layers}) > CHAINED_FORMS:
+        return f"the model's layers, or their adapters' ranks or scales, are of more than {CHAINED_FORMS} forms"
     return None
+
+
+def _form(layer: "Layer") -> tuple[object, ...]:
+    """What decides which texts a layer's phases are: layers that differ in it are phases of their own."""
+    found: list[object] = []
+    for name, module in layer.named_modules():
+        if isinstance(module, Adapted):
+            rank, scale = (module.lora_a.shape[-2], module.lora_scale) if module.adapted else (0, 0.0)
+            merges = _merges(module)  # the adapter is then in the matrix
+            found.append((name, type(module.base), merges, *(() if merges else (rank, scale))))
+    return tuple(sorted(found, key=str))
 
 
 def _norm(norm: "RMSNorm") -> Around:

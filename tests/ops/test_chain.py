@@ -152,13 +152,41 @@ def test_why_a_decoder_launches_singly(monkeypatch: pytest.MonkeyPatch) -> None:
     if not CUDA:
         assert "dialect" in (Decoder(model).single or "")
     monkeypatch.setattr(decode.launch, "dialect", lambda: Dialect.CUDA)
+    monkeypatch.setattr(decode.cuda, "architecture", lambda: "sm_75")
+    assert "compute capability" in (decode._single(model) or "")
+    monkeypatch.setattr(decode.cuda, "architecture", lambda: "sm_90")
     assert decode._single(model) is None
     monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
     assert "graphs" in (decode._single(model) or "")
     monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "0")
-    for change in ({"d_state": 5}, {"dt_norm_eps": 1e-6}, {"n_experts": decode.CHAINED_EXPERTS + 1}):
+    for change in ({"d_state": 5}, {"d_state": 128}, {"d_conv": 1}, {"dt_norm_eps": 1e-6},
+                   {"n_experts": decode.CHAINED_EXPERTS + 1}):  # fmt: skip
         other = MagellanoLM(TINY.model_copy(update=change), seeded(3))
         assert decode._single(other), change
+
+
+def test_layers_whose_adapters_differ_launch_singly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each form's phases have threadgroup memory of their own: three ranks are more than one kernel can have."""
+    model = quantized(WHOLE, seeded(3))
+    monkeypatch.setattr(decode.launch, "dialect", lambda: Dialect.CUDA)
+    monkeypatch.setattr(decode.cuda, "architecture", lambda: "sm_90")
+    monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "0")
+    assert decode._single(model) is None
+    first = model.backbone.layers[0].mixer.in_proj
+    first.attach(first.lora_a[:2], first.lora_b[:, :2], first.lora_scale)
+    assert "forms" in (decode._single(model) or "")
+    monkeypatch.setattr(decode, "_SMALL", 1 << 19)  # all are made dense, their adapters in them
+    assert decode._single(model) is None
+
+
+def test_a_chain_is_for_arrays_of_one_type(gpu_geometry: None) -> None:
+    model = model_of("dense")
+    single, chained = Decoder(model, chained=False), Decoder(model, chained=True)
+    states = [model.initial_state(1)]
+    states.append([s and s._replace(conv_BKI=s.conv_BKI.astype(mx.float16)) for s in states[0]])
+    for state in states:
+        assert mx.allclose(chained(mx.array([7]), state)[0], single(mx.array([7]), state)[0], rtol=1e-5).item()
+    assert len(chained._chains) == 2
 
 
 @pytest.mark.skipif(not CUDA, reason="threadgroups wait for one another on a CUDA GPU alone")
