@@ -27,7 +27,7 @@ GPU_EFFICIENCY, CPU_EFFICIENCY = 0.7, 0.7
 LAYER_LAUNCHES = {True: {LayerKind.MAMBA: 90, LayerKind.MOE: 130}, False: {LayerKind.MAMBA: 45, LayerKind.MOE: 70}}
 LOSS_LAUNCHES, TENSOR_LAUNCHES = {True: 30, False: 15}, {True: 4, False: 1}
 CPU_DENSE = 0.33  # of the copy bandwidth, at which a CPU makes NF4 weights dense: 7.4 of 24.9 GB/s written on two cores
-GPU_STEP_LAUNCH = 3.2  # of a step's launch, a product or a kernel, over an elementwise one's: five profiles, 3.0 to 3.7
+GPU_STEP_LAUNCH = 3.2  # of a step's launch, a product or a kernel, over an elementwise one's, on an H100: 3.0 to 3.7
 SCAN_BACKWARD = 2  # forwards that the scan's backward costs
 
 
@@ -88,7 +88,9 @@ def _scan_rate() -> float:
     x, b = mx.ones((B, T, I)), mx.ones((B, T, N))
     A = -mx.ones((I, N))
     mx.eval(x, b, A)
-    return B * T * I * N / machine.on_device(lambda: selective_scan(x, x, A, b, b), 3)
+    at_once = 8 if on_gpu() else 1  # so that the host's part of one lies behind the others
+    seconds = machine.seconds(lambda: [selective_scan(x, x, A, b, b) for _ in range(at_once)], 3) / at_once
+    return B * T * I * N / seconds
 
 
 def _launch_cost() -> float:
@@ -114,19 +116,19 @@ def step(profile: Profile, on: Machine) -> Step:
     m, micro = profile.model, profile.train.accumulate
     mamba = sum(m.kind(layer) is LayerKind.MAMBA for layer in range(m.n_layers))
     efficiency = GPU_EFFICIENCY if on.gpu else CPU_EFFICIENCY
+    dense = on.bandwidth * (1.0 if on.gpu else CPU_DENSE)
     again = plan.recomputes(profile, on.gpu)  # forward a second time
-    more = again + (profile.train.objective is Objective.DPO)  # forwards beside the first: DPO's reference has one too
+    reference = profile.train.objective is Objective.DPO  # has a forward pass of its own
+    more = again + reference  # forwards beside the first
     products = plan.flops_per_token(profile, more) * s.rows + (1 + again) * plan.norms_flops(profile)
     updates = (1 + more + SCAN_BACKWARD) * s.rows * m.d_inner * m.d_state * mamba
     parts = {
         "products": micro * products / (efficiency * on.matmul),
         "scan": micro * updates / on.scan,
-        "weights made dense": micro
-        * _dense_bytes(s, again, more - again)
-        / (on.bandwidth * (1.0 if on.gpu else CPU_DENSE)),
+        "weights made dense": micro * _dense_bytes(s, again, reference) / dense,
         "activations": micro * _activation_bytes(s, more) / on.bandwidth,
         "optimiser": _optimiser_bytes(s) / on.bandwidth,
-        "launches": (micro * _launches(s, more - again) + TENSOR_LAUNCHES[on.gpu] * len(s.adapters)) * on.launch,
+        "launches": (micro * _launches(s, reference) + TENSOR_LAUNCHES[on.gpu] * len(s.adapters)) * on.launch,
     }
     work = sum(seconds for part, seconds in parts.items() if part != "launches")
     return Step(parts, max(work, parts["launches"]) if on.gpu else work + parts["launches"])
@@ -146,7 +148,7 @@ def matmul_rate_for(profile: Profile, tokens_per_s: float) -> float:
     return plan.flops_per_token(profile) * tokens_per_s
 
 
-def _dense_bytes(s: Sizes, again: bool, reference: int) -> int:
+def _dense_bytes(s: Sizes, again: bool, reference: bool) -> int:
     """Codes are read and dense values written, forward, again, and backward; what only makes an output is left out when
     a layer is made again, but not with DoRA. The head is made dense once on a GPU, and on a CPU twice a chunk of the
     loss.
@@ -180,7 +182,7 @@ def _optimiser_bytes(s: Sizes) -> int:
     return sum(s.adapters) * (3 * moments.gradient_width(s) + 2 * FLOAT32 + 4 * s.state)
 
 
-def _launches(s: Sizes, reference: int) -> int:
+def _launches(s: Sizes, reference: bool) -> int:
     """A third of a layer's are its forward pass, and most of the loss's."""
     m = s.profile.model
     chunks = -(-s.rows // s.profile.train.loss_chunk)
