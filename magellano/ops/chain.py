@@ -7,7 +7,6 @@ for one another between two phases. Metal promises no such waiting, so there, as
 """
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,34 +180,27 @@ class Chain:
         wanted = [slot.buffer for slot in self.results]
         assert len({*wanted, *range(self.given), *self.constants}) == len(wanted) + self.given + len(self.constants)
         assert all(s.first == 0 and s.size == math.prod(self.buffers[s.buffer][0]) for s in self.results)
-        self._code: tuple[str, bytes] | None = None
+        self._built: cuda.Built | None = None
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         if launch.dialect() is not Dialect.CUDA:
             return self._one_by_one(arrays)
-        if self._code is None:
-            self._code = self.compiled()
-        name, code = self._code
         blocks = _PER_PROCESSOR * cuda.processors()
-        made = mx.fast.precompiled_cuda_kernel(
-            name=name,
-            compiled_source=code,
-            inputs=[_turn(blocks), *arrays, *self.constants.values()],
+        if self._built is None:
+            self._built = cuda.Built(*self.compiled(blocks), sized=())
+        made = self._built(
+            [_turn(blocks), *arrays, *self.constants.values()],
             output_shapes=[*(s.shape for s in self.results), (self._scratch()[1],)],
             output_dtypes=[*(s.dtype for s in self.results), mx.uint8],
-            scalars=[],
             grid=(blocks * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
-            ensure_row_contiguous=True,
         )
-        return list(made[:-1])
+        return made[:-1]
 
-    def compiled(self, blocks: int | None = None, arch: str | None = None) -> tuple[str, bytes]:
+    def compiled(self, blocks: int, arch: str | None = None) -> tuple[str, bytes]:
         """The kernel's name and its machine code, for the device or what is said."""
-        blocks = blocks or _PER_PROCESSOR * cuda.processors()
-        digest = hashlib.sha256(self.source("", blocks).encode()).hexdigest()[:12]
-        name = f"magellano_chain_{self.name}_{digest}"
-        return name, cuda.cubin(name, self.source(name, blocks), [f"--maxrregcount={_REGISTERS}"], arch)
+        text, limit = functools.partial(self.source, blocks=blocks), [f"--maxrregcount={_REGISTERS}"]
+        return cuda.compiled(f"chain_{self.name}", text, limit, arch)
 
     def source(self, name: str, blocks: int) -> str:
         """The whole text: each phase a function, and the kernel that calls one after the other."""
@@ -275,7 +267,8 @@ def _function(phase: Phase) -> str:
     parameters = [f"const {cuda.C_TYPES[slot.dtype]}* {name}" for name, slot in named]
     outputs = zip(kernel.outputs, phase.outputs, strict=True)
     parameters += [f"{cuda.C_TYPES[slot.dtype]}* {name}" for name, slot in outputs]
-    sizes = [f"  const int {n}_shape[] = {_list(s.shape)};" for n, s in named if f"{n}_shape" in kernel.body]
+    measured = [named[i] for i in kernel.measured]
+    sizes = [f"  const int {n}_shape[] = {_list(s.shape)};" for n, s in measured]
     sizes += [f"  const int64_t {n}_strides[] = {_list(s.strides)};" for n, s in named if n in kernel.strided]
     constants = [cuda.constant(name, value) for name, value in phase.template.items()]
     x, y, z = phase.grid

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def processors() -> int:
     """How many multiprocessors the default device has. Raises InputError where the driver does not say."""
     found, multiprocessor_count = ctypes.c_int(), 16
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
         failed = driver.cuDeviceGetAttribute(ctypes.byref(found), multiprocessor_count, 0)
     except OSError as e:
         raise InputError(f"the CUDA driver cannot be asked for the number of multiprocessors: {e}") from None
@@ -184,6 +184,16 @@ def cubin(name: str, text: str, options: Sequence[str] = (), arch: str | None = 
     processes may compile at once: each publishes by rename. A file whose digest is wrong is made again.
     """
     return _cubin(name, text, tuple(options), arch or architecture())
+
+
+def compiled(
+    name: str, text: Callable[[str], str], options: Sequence[str] = (), arch: str | None = None
+) -> tuple[str, bytes]:
+    """A kernel's whole name, with its text's digest, since by it MLX finds a module that it has loaded; and `cubin`.
+    `text`: of the whole name.
+    """
+    full = f"magellano_{name}_{hashlib.sha256(text('').encode()).hexdigest()[:12]}"
+    return full, cubin(full, text(full), options, arch)
 
 
 @functools.cache
@@ -264,21 +274,3 @@ class Built:
             ensure_row_contiguous=True,
             **how,
         )
-
-
-def build(
-    name: str,
-    body: str,
-    header: str,
-    inputs: Mapping[str, mx.Dtype],
-    outputs: Mapping[str, mx.Dtype],
-    template: Template,
-    dimensions: Mapping[str, int],
-) -> Built:
-    """`source` compiled for the device. MLX finds a module that it has loaded by its name, so that the text's digest is
-    part of it.
-    """
-    digest = hashlib.sha256(source(name, body, header, inputs, outputs, template, dimensions).encode()).hexdigest()[:12]
-    full = f"magellano_{name}_{digest}"
-    code = cubin(full, source(full, body, header, inputs, outputs, template, dimensions))
-    return Built(full, code, [i for i, n in enumerate(inputs) if n in dimensions])

@@ -209,9 +209,14 @@ class Kernel:
         return tuple(name for name in self.inputs if f"{name}_strides" in self.body)
 
     @functools.cached_property
-    def _sized(self) -> frozenset[str]:
-        """The inputs whose sizes the text reads."""
-        return frozenset(n for n in self.inputs if f"{n}_shape" in self.body or n in self.strided)
+    def measured(self) -> tuple[int, ...]:
+        """The numbers of the inputs whose sizes the text reads."""
+        return tuple(i for i, n in enumerate(self.inputs) if f"{n}_shape" in self.body)
+
+    @functools.cached_property
+    def _as_it_is(self) -> frozenset[str]:
+        """The inputs that must keep their sizes."""
+        return frozenset((*(self.inputs[i] for i in self.measured), *self.strided))
 
     def __call__(
         self,
@@ -248,7 +253,7 @@ class Kernel:
         assert all(g % t == 0 for g, t in zip(grid, threadgroup, strict=True)), f"{self.name}: {grid} {threadgroup}"
         prepared = [self._prepare(n, a) for n, a in zip(self.inputs, inputs, strict=True)]
         if dialect() is Dialect.HOST:
-            if gapless:
+            if gapless and _mode.fibers:  # in tests: it costs a CPU's token some hundredths
                 self._check_gapless(prepared)
             return self._run_on_host(prepared, template, grid, threadgroup, output_shapes, output_dtypes, reuse or {})
         if self.strided and not gapless:  # else MLX does it
@@ -258,7 +263,7 @@ class Kernel:
     def _prepare(self, name: str, a: mx.array) -> mx.array:
         if a.ndim == 0:
             a = a.reshape(1)
-        if a.size < _SMALLEST and name not in self._sized and dialect() is not Dialect.CUDA:
+        if a.size < _SMALLEST and name not in self._as_it_is and dialect() is not Dialect.CUDA:
             a = mx.pad(a.reshape(-1), (0, _SMALLEST - a.size))
         return a
 
@@ -287,7 +292,7 @@ class Kernel:
         outputs = [reuse[name] if name in reuse else fresh(shape, dtype) for name, shape, dtype in wanted]
         assert all(o.shape == tuple(s) and o.dtype == d for o, s, d in zip(outputs, shapes, dtypes, strict=True))
         mx.eval(outputs)
-        sizes = [a.shape for n, a in zip(self.inputs, inputs, strict=True) if f"{n}_shape" in self.body]
+        sizes = [inputs[i].shape for i in self.measured]
         strides = [host.strides(a) for n, a in zip(self.inputs, inputs, strict=True) if n in self.strided]
         groups = (grid[0] // threadgroup[0], grid[1], grid[2])
         host.call(self._built[key], self.name, inputs, sizes, strides, outputs, groups, threadgroup[0])
@@ -305,11 +310,6 @@ class Kernel:
         host.evaluate(inputs, self.name)
         for name, a in zip(self.inputs, inputs, strict=True):
             assert name in self.strided or host.view(a).flags.c_contiguous, f"{self.name}: {name} has gaps"
-
-    @functools.cached_property
-    def _measured(self) -> tuple[int, ...]:
-        """The numbers of the inputs whose sizes a CUDA kernel takes as scalars."""
-        return tuple(i for i, n in enumerate(self.inputs) if f"{n}_shape" in self.body)
 
     def _run_on_gpu(self, inputs, template, grid, threadgroup, shapes, dtypes) -> list[mx.array]:  # type: ignore[no-untyped-def]
         extra = {"init_value": float("nan")} if _mode.poison else {}
@@ -329,14 +329,17 @@ class Kernel:
         )
 
     def _precompiled(self, inputs: Sequence[mx.array], template: Template, dtypes: Sequence[mx.Dtype]) -> cuda.Built:
-        axes = tuple(inputs[i].ndim for i in self._measured)
+        axes = tuple(inputs[i].ndim for i in self.measured)
         key = (Dialect.CUDA, tuple(a.dtype for a in inputs), tuple(dtypes), tuple(template.items()), axes)
         if key not in self._built:
             types_in = {n: a.dtype for n, a in zip(self.inputs, inputs, strict=True)}
             types_out = dict(zip(self.outputs, dtypes, strict=True))
-            dimensions = {self.inputs[i]: count for i, count in zip(self._measured, axes, strict=True)}
-            built = cuda.build(self.name, self.body, self.header, types_in, types_out, template, dimensions)
-            self._built[key] = built
+            dimensions = {self.inputs[i]: count for i, count in zip(self.measured, axes, strict=True)}
+            text = functools.partial(
+                cuda.source, body=self.body, header=self.header, inputs=types_in, outputs=types_out, template=template,
+                dimensions=dimensions,
+            )  # fmt: skip
+            self._built[key] = cuda.Built(*cuda.compiled(self.name, text), self.measured)
         return self._built[key]
 
     def _made_by_mlx(self, inputs: Sequence[mx.array]) -> Any:

@@ -220,7 +220,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Launches:
         return lambda **how: seen.by_mlx.append({**made, **how}) or []
 
     monkeypatch.setattr(launch._mode, "dialect", Dialect.CUDA)
-    monkeypatch.setattr(cuda, "cubin", lambda name, text: b"cubin")
+    monkeypatch.setattr(cuda, "cubin", lambda name, text, options, arch: b"cubin")
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", precompiled)
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
     return seen
