@@ -6,14 +6,16 @@ whether logits and states agree to the bit; by the clock and on the device alone
 
 import sys
 import time
+from functools import partial
 
 import numpy as np
 
 from magellano.backend import mx, on_gpu
 from magellano.benchmark import machine, synthetic
-from magellano.decode import Decoder, State, flat, folded
+from magellano.decode import Decoder, State, _layers, flat, folded
 from magellano.generate import Made, Sampling, Stream, read
 from magellano.model import MagellanoLM
+from magellano.ops.chain import Chain
 from magellano.profile import load_profile
 
 WAYS = {"kernel by kernel": 0, "a launch a layer": 1, "a launch for three": 3, "a launch for all": 1 << 10}
@@ -24,18 +26,19 @@ class Grouped(Decoder):
 
     def __init__(self, model: MagellanoLM, together: int):
         super().__init__(model, chained=together > 0)
-        self.groups = [Decoder(model, chained=True) for _ in range(0, len(self.steps), together or len(self.steps))]
-        for i, group in enumerate(self.groups):
-            group.steps = self.steps[i * together : (i + 1) * together]
+        self.together, self.found = together, dict[int, Chain]()  # by their first layer
 
     def _run(self, like: State, arrays: list[mx.array]) -> list[mx.array]:
         if self.single is not None:
             return super()._run(like, arrays)
         h_BD, *rest = arrays
         state, new = folded(rest, like), []
-        for group in self.groups:
-            some, state = state[: len(group.steps)], state[len(group.steps) :]
-            h_BD, *after = group._run(some, [h_BD, *flat(some)])
+        for first in range(0, len(self.steps), self.together):
+            some = slice(first, first + self.together)
+            given = [h_BD, *flat(state[some])]
+            if first not in self.found:
+                self.found[first] = Chain("layers", partial(_layers, self.steps[some], state[some]), given)
+            h_BD, *after = self.found[first](*given)
             new += after
         return [h_BD, *new]
 

@@ -142,7 +142,7 @@ def _single(model: "MagellanoLM") -> str | None:
     for name, module in model.named_modules():
         if not isinstance(module, Adapted) or not name.startswith("backbone.layers"):
             continue
-        if module.gains() is not None:
+        if module.magnitude is not None:
             return f"{name} has a DoRA adapter"
         if _from_codes(module) and (module.base.shape[-1] % BLOCK or isinstance(module, DtProjection)):
             return f"{name} has rows that no kernel reads from their codes where they lie"

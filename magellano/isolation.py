@@ -65,8 +65,8 @@ def run(
             then = _next_sizes(stage, end, batch, accumulate, retried)
             survived.add(end, batch, accumulate, then)
             if end.fault is not Fault.MEMORY:
+                retried = True
                 _forget_kernels()
-            retried = retried or end.fault is not Fault.MEMORY
             _empty(out)
     raise AssertionError("never reached")
 

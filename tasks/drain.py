@@ -51,7 +51,6 @@ def _alive(client: Any, pool: str) -> list[Any]:
 
 def _of_this_home(run: UUID) -> bool:
     """Whether it lives in a process of this home, which may have lost its worker."""
-
     return durable.held(artifacts.home() / "runs" / f"{run}.json")
 
 

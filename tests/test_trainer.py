@@ -102,9 +102,14 @@ def test_a_checkpoint_holds_what_the_experts_rooms_are_for(tokens: Path, tmp_pat
     whole._restore(state.latest(tmp_path), tmp_path)
     for one in (second.backprop, made):
         assert (one._rooms, one.loads, one._tokens) == (rooms, first, 100)
-    if on_gpu():
-        return
-    other = adapter_trainer(tokens)
+
+
+@pytest.mark.skipif(on_gpu(), reason="a GPU's training has rooms")
+def test_a_cpu_takes_no_rooms_on(tokens: Path, tmp_path: Path) -> None:
+    second, other = adapter_trainer(tokens), adapter_trainer(tokens)
+    second.backprop._compiles = True  # as on a GPU
+    second.backprop.seen = [100, [[3, [26, 21, 17]]]]
+    second.save(tmp_path)
     assert other.resume(tmp_path)
     assert other.backprop.loads == other.backprop._rooms == {}, "a CPU's passes may not see what a room does not hold"
     other.one_step()

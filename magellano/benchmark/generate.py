@@ -26,7 +26,8 @@ def run(profile: Profile, steps: int = 0) -> dict[str, Any]:
     copy = machine.copy_bandwidth()
     mx.clear_cache()
     model = synthetic.model(profile)
-    parts = model.decoder().reads()
+    decoder = model.decoder()
+    parts = decoder.reads()
     planned = plan.fine_tune(profile, on_gpu())
     long = LONG_GPU if on_gpu() else LONG_CPU if planned.parameters <= _QUICK else LONG_SLOW
     streams = [_stream(model, profile, SHORT, 1, steps, copy, parts)]
@@ -39,7 +40,7 @@ def run(profile: Profile, steps: int = 0) -> dict[str, Any]:
         "parameters": planned.parameters,
         "compute": str(model.compute).removeprefix("mlx.core."),
         "tokens_timed": steps,
-        "layers": model.decoder().single or "one launch a token",
+        "layers": decoder.single or "one launch a token",
         "copy_gb_s": copy / 1e9,
         "tokens_per_s": streams[0]["tokens_per_s"],
         "tokens_per_s_after_the_long_prompt": streams[1]["tokens_per_s"],
